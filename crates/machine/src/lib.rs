@@ -1,0 +1,22 @@
+//! The replicated state machine of Tenure: everything that decides, and nothing that acts.
+//!
+//! Promises. M1: equal logs give equal states, replies and changes on every member, whatever its flags, clock or release.
+//! M2: a transaction applies whole or not at all, and a refused one changes nothing but the table of remembered requests.
+//! M3: changes leave in (revision, index) order. M4: a remembered request is answered again, never run again.
+//! Not promised. That the log is durable or agreed (the `replica` crate), or that anything is fast enough for a hot loop
+//! to ignore it.
+//! Relies on. Entries arrive in log order, each once; their bytes are those that were proposed.
+//!
+//! There is no clock, no randomness, no thread, no IO and no hash order in here: time is the stamp of an entry, random ids
+//! are drawn by the proposer and carried, and every map is ordered.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod command;
+mod record;
+mod reply;
+mod types;
+
+pub use command::*;
+pub use record::{Meta, Record};
+pub use reply::*;
+pub use types::*;
