@@ -1,1 +1,213 @@
-fn main() {}
+//! Every chore of the project, by the standard library alone: it must build in a second on a fresh machine.
+//!
+//! `cargo xtask test` is what CI runs: it installs what is missing, runs every check and suite, and ends with `N passed, M failed`.
+
+mod run;
+mod tidy;
+mod tools;
+
+use run::{Outcome, Tally, root};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: cargo xtask <chore>
+
+  test              everything that CI runs; installs what the tests need and is missing
+  quick             formatting, clippy and tests of the pure crates: seconds
+  sim [ARGS]        simulated members: `--seeds 2000`, `--seed N`, `--from N`
+  diff-etcd [ARGS]  the same seeded operations against the real etcd and against us
+  clients           the unmodified Go client and etcdctl against us
+  kill-loop [N]     N rounds of kill -9 under load by the real Go client
+  codegen [--check] generates crates/wire from proto/, or proves it fresh
+  tidy              dead links, missing headers, words that do not belong in the project
+  deny              licences, bans and sources of every dependency
+  bench [ARGS]      the table of docs/performance.md: builds for release, runs beside the real etcd";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let rest: Vec<&str> = args.iter().skip(1).map(String::as_str).collect();
+    let mut tally = Tally::default();
+    let known = match args.first().map(String::as_str) {
+        Some("test") => {
+            test(&mut tally);
+            true
+        }
+        Some(chore) => one(&mut tally, chore, &rest),
+        None => false,
+    };
+    if !known {
+        eprintln!("{USAGE}");
+        return ExitCode::from(64);
+    }
+    tally.close()
+}
+
+fn one(tally: &mut Tally, chore: &str, rest: &[&str]) -> bool {
+    match chore {
+        "quick" => quick(tally),
+        "sim" => sim(tally, rest),
+        "diff-etcd" => diff_etcd(tally, rest),
+        "clients" => clients(tally),
+        "kill-loop" => kill_loop(tally, rest.first().copied().unwrap_or("50")),
+        "codegen" => tally.step("codegen", |t| {
+            t.cargo(
+                &[
+                    &["run", "--quiet", "--package", "tenure-codegen", "--"],
+                    rest,
+                ]
+                .concat(),
+            )
+        }),
+        "tidy" => tally.step("tidy", |_| tidy::check(&root())),
+        "deny" => deny(tally),
+        "bench" => bench(tally, rest),
+        _ => return false,
+    }
+    true
+}
+
+/// Cheap checks first, so that a slip is told within a minute.
+fn test(tally: &mut Tally) {
+    tools::install_missing(tally);
+    tally.step("formatting", |t| t.cargo(&["fmt", "--all", "--check"]));
+    tally.step("tidy", |_| tidy::check(&root()));
+    tally.step("generated code is fresh", |t| {
+        t.cargo(&[
+            "run",
+            "--quiet",
+            "--package",
+            "tenure-codegen",
+            "--",
+            "--check",
+        ])
+    });
+    tally.step("build", |t| {
+        t.cargo(&["build", "--workspace", "--all-targets"])
+    });
+    tally.step("clippy", |t| {
+        t.cargo(&[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ])
+    });
+    tally.step("documentation", |t| {
+        t.cargo_with(
+            &["doc", "--workspace", "--no-deps"],
+            &[("RUSTDOCFLAGS", "-D warnings")],
+        )
+    });
+    deny(tally);
+    tally.step("unit, script and integration tests", |t| {
+        t.cargo(&["test", "--workspace", "--no-fail-fast"])
+    });
+    sim(tally, &[]);
+    diff_etcd(tally, &[]);
+    clients(tally);
+    kill_loop(tally, "50");
+}
+
+fn quick(tally: &mut Tally) {
+    let pure = ["-p", "tenure-machine", "-p", "tenure-replica"];
+    tally.step("formatting", |t| t.cargo(&["fmt", "--all", "--check"]));
+    tally.step("clippy of the pure crates", |t| {
+        t.cargo(
+            &[
+                &["clippy", "--all-targets"],
+                &pure[..],
+                &["--", "-D", "warnings"],
+            ]
+            .concat(),
+        )
+    });
+    tally.step("tests of the pure crates", |t| {
+        t.cargo(&[&["test"], &pure[..]].concat())
+    });
+}
+
+fn sim(tally: &mut Tally, rest: &[&str]) {
+    let args = if rest.is_empty() { &["ci"][..] } else { rest };
+    tally.step("simulated members", |t| {
+        t.cargo(&[&["run", "--quiet", "--package", "tenure-sim", "--"], args].concat())
+    });
+}
+
+fn deny(tally: &mut Tally) {
+    tally.step("licences, bans and sources", |t| {
+        let Some(deny) = tools::cargo_deny(t) else {
+            return Outcome::failed("cargo-deny could not be installed");
+        };
+        println!(
+            "advisories: skipped, the database is a repository that cannot be reached from here"
+        );
+        t.command(&deny, &["check", "bans", "licenses", "sources"])
+    });
+}
+
+fn diff_etcd(tally: &mut Tally, rest: &[&str]) {
+    let Some(etcd) = etcd_tools(tally) else {
+        return;
+    };
+    let subject = tenure(tally);
+    tally.step("the same operations against etcd and against us", |t| {
+        t.in_folder("tests")
+            .with("ETCD_BIN", &etcd)
+            .with("TENURE_BIN", &subject)
+            .command_env("go", &[&["run", "./etcd/diff"], rest].concat())
+    });
+}
+
+fn clients(tally: &mut Tally) {
+    let Some(etcd) = etcd_tools(tally) else {
+        return;
+    };
+    let subject = tenure(tally);
+    tally.step("unmodified Go client and etcdctl", |t| {
+        t.in_folder("tests")
+            .with("ETCD_BIN", &etcd)
+            .with("TENURE_BIN", &subject)
+            .command_env("go", &["test", "-count=1", "./clients/..."])
+    });
+}
+
+fn kill_loop(tally: &mut Tally, rounds: &str) {
+    let subject = tenure(tally);
+    tally.step("kill -9 in a loop under load", |t| {
+        t.in_folder("tests")
+            .with("TENURE_BIN", &subject)
+            .command_env("go", &["run", "./etcd/killloop", "-rounds", rounds])
+    });
+}
+
+fn bench(tally: &mut Tally, rest: &[&str]) {
+    let Some(etcd) = etcd_tools(tally) else {
+        return;
+    };
+    tally.step("release build", |t| t.cargo(&["build", "--release"]));
+    let tenure = root().join("target/release/tenure").display().to_string();
+    let etcd = format!("{etcd}/etcd");
+    tally.step("bench", |t| {
+        t.command(
+            &tenure,
+            &[&["bench", "compare", "--etcd", &etcd], rest].concat(),
+        )
+    });
+}
+
+/// The folder with the real etcd, etcdctl and etcdutl, built from their Go modules.
+fn etcd_tools(tally: &mut Tally) -> Option<String> {
+    let folder = root().join("target/etcd");
+    let done = tally.quiet_step("build the real etcd", |t| tools::build_etcd(t, &folder));
+    done.then(|| folder.display().to_string())
+}
+
+/// The program under test, of the profile that the other tests built.
+fn tenure(tally: &mut Tally) -> String {
+    tally.quiet_step("build tenure", |t| {
+        t.cargo(&["build", "--quiet", "--package", "tenure"])
+    });
+    root().join("target/debug/tenure").display().to_string()
+}
