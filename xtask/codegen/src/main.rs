@@ -40,10 +40,8 @@ fn run() -> Result<String> {
         [flag] if flag == "--check" => true,
         _ => bail!("{USAGE}"),
     };
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../..")
-        .canonicalize()
-        .context("the root of the workspace")?;
+    let root =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().context("the root of the workspace")?;
     let target = root.join("crates/wire/src/gen");
     let fresh = generate(&root.join("proto"))?;
     if !check {
@@ -80,10 +78,7 @@ fn generate(proto: &Path) -> Result<Files> {
     let mut files = read(&scratch.0)?;
     files.remove(UNWANTED);
     // Encoded by the compiler itself: a set that went through the plain descriptor types has lost the HTTP annotations.
-    files.insert(
-        DESCRIPTORS.to_owned(),
-        compile(proto, &sources, false)?.encode_file_descriptor_set(),
-    );
+    files.insert(DESCRIPTORS.to_owned(), compile(proto, &sources, false)?.encode_file_descriptor_set());
     Ok(files)
 }
 
@@ -99,9 +94,7 @@ fn sources(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut open = vec![folder.to_owned()];
     while let Some(folder) = open.pop() {
-        for entry in
-            fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?
-        {
+        for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
             let path = entry?.path();
             if path.is_dir() {
                 open.push(path);
@@ -120,16 +113,10 @@ fn read(folder: &Path) -> Result<Files> {
     if !folder.exists() {
         return Ok(files);
     }
-    for entry in
-        fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?
-    {
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        files.insert(
-            name,
-            fs::read(entry.path())
-                .with_context(|| format!("cannot read {}", entry.path().display()))?,
-        );
+        files.insert(name, fs::read(entry.path()).with_context(|| format!("cannot read {}", entry.path().display()))?);
     }
     Ok(files)
 }
@@ -141,10 +128,7 @@ fn write(folder: &Path, files: &Files) -> Result<()> {
     for name in there.keys().filter(|name| !files.contains_key(*name)) {
         fs::remove_file(folder.join(name))?;
     }
-    for (name, content) in files
-        .iter()
-        .filter(|(name, content)| there.get(*name) != Some(content))
-    {
+    for (name, content) in files.iter().filter(|(name, content)| there.get(*name) != Some(content)) {
         fs::write(folder.join(name), content).with_context(|| format!("cannot write {name}"))?;
     }
     Ok(())
@@ -152,17 +136,12 @@ fn write(folder: &Path, files: &Files) -> Result<()> {
 
 /// What must change for `there` to become `fresh`, in words.
 fn differences(fresh: &Files, there: &Files) -> Vec<String> {
-    let changed = fresh
-        .iter()
-        .filter_map(|(name, content)| match there.get(name) {
-            None => Some(format!("{name} is missing")),
-            Some(old) if old != content => Some(format!("{name} differs")),
-            Some(_) => None,
-        });
-    let leftover = there
-        .keys()
-        .filter(|name| !fresh.contains_key(*name))
-        .map(|name| format!("{name} is left over"));
+    let changed = fresh.iter().filter_map(|(name, content)| match there.get(name) {
+        None => Some(format!("{name} is missing")),
+        Some(old) if old != content => Some(format!("{name} differs")),
+        Some(_) => None,
+    });
+    let leftover = there.keys().filter(|name| !fresh.contains_key(*name)).map(|name| format!("{name} is left over"));
     changed.chain(leftover).collect()
 }
 
@@ -193,9 +172,7 @@ mod tests {
     use super::*;
 
     fn files(of: &[(&str, &str)]) -> Files {
-        of.iter()
-            .map(|(name, content)| ((*name).to_owned(), content.as_bytes().to_vec()))
-            .collect()
+        of.iter().map(|(name, content)| ((*name).to_owned(), content.as_bytes().to_vec())).collect()
     }
 
     #[test]
@@ -203,10 +180,7 @@ mod tests {
         let fresh = files(&[("a", "1"), ("b", "2"), ("c", "3")]);
         assert_eq!(differences(&fresh, &fresh), Vec::<String>::new());
         let there = files(&[("a", "1"), ("b", "x"), ("d", "4")]);
-        assert_eq!(
-            differences(&fresh, &there),
-            ["b differs", "c is missing", "d is left over"]
-        );
+        assert_eq!(differences(&fresh, &there), ["b differs", "c is missing", "d is left over"]);
     }
 
     #[test]
@@ -214,10 +188,7 @@ mod tests {
         let proto = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
         let first = generate(&proto)?;
         assert!(first.contains_key("tenure.v1.rs") && !first.contains_key(UNWANTED));
-        assert_eq!(
-            differences(&generate(&proto)?, &first),
-            Vec::<String>::new()
-        );
+        assert_eq!(differences(&generate(&proto)?, &first), Vec::<String>::new());
         Ok(())
     }
 }
