@@ -12,11 +12,17 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod command;
+mod keys;
+mod log;
+mod memory;
+mod ordered;
 mod record;
 mod reply;
+mod snapmap;
 mod types;
 
 pub use command::*;
+pub use keys::ChangeSlice;
 pub use record::{Meta, Record};
 pub use reply::*;
 pub use types::*;

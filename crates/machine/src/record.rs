@@ -1,9 +1,10 @@
 //! A record: one version of one key, as one immutable block of bytes that is shared, never copied.
 //!
-//! Layout: key length (u32, little endian), key, flags (bit 0: tombstone), then as LEB128 numbers mod revision, index within that
-//! revision, create revision, version, owner session, length of the tail; then the tail of the record's own front and the value.
-//! The key stands first at a fixed place, because ordered maps compare it far more often than anything else is read.
-//! One allocation of about 30 bytes beside key and value: docs/performance.md says what that saves.
+//! Layout: key length (u32, little endian), key, flags (bit 0: tombstone), then as LEB128 numbers mod revision, index
+//! within that revision, create revision, version, owner session, length of the tail; then the tail of the record's
+//! own front and the value. The key stands first at a fixed place, because ordered maps compare it far more often
+//! than anything else is read. One allocation of about 30 bytes beside key and value: docs/performance.md says what
+//! that saves.
 
 use crate::types::*;
 use std::sync::Arc;
@@ -27,7 +28,13 @@ pub struct Meta {
 
 impl Record {
     pub fn new(key: &[u8], meta: Meta, tail: &[u8], value: &[u8]) -> Self {
-        let mut b = Vec::with_capacity(4 + key.len() + 24 + tail.len() + value.len());
+        Self::build(&mut Vec::new(), key, meta, tail, value)
+    }
+
+    /// Makes a record through a buffer that the caller keeps, so that it costs one allocation of exactly its size.
+    pub(crate) fn build(b: &mut Vec<u8>, key: &[u8], meta: Meta, tail: &[u8], value: &[u8]) -> Self {
+        b.clear();
+        b.reserve(4 + key.len() + 48 + tail.len() + value.len());
         b.extend_from_slice(&(key.len() as u32).to_le_bytes());
         b.extend_from_slice(key);
         b.push(meta.tombstone as u8);
@@ -39,11 +46,24 @@ impl Record {
             meta.owner.0,
             tail.len() as u64,
         ] {
-            put_varint(&mut b, n);
+            put_varint(b, n);
         }
         b.extend_from_slice(tail);
         b.extend_from_slice(value);
-        Self(b.into())
+        Self(Arc::from(b.as_slice()))
+    }
+
+    /// Takes stored bytes, if they are a record.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (len, rest) = bytes.split_first_chunk::<4>()?;
+        let len = u32::from_le_bytes(*len) as usize;
+        let (&flags, mut rest) = rest.get(len..)?.split_first()?;
+        let mut n = [0; 6];
+        for slot in &mut n {
+            *slot = take_varint(&mut rest)?;
+        }
+        let sound = len >= Key::PREFIX && flags <= 1 && n[1] <= u64::from(u32::MAX) && n[5] <= rest.len() as u64;
+        sound.then(|| Self(Arc::from(bytes)))
     }
 
     /// The stored key, with space and namespace.
@@ -59,6 +79,21 @@ impl Record {
 
     pub fn meta(&self) -> Meta {
         self.parts().0
+    }
+
+    /// Where the change stands in the one order of changes: revision, and place within it.
+    pub(crate) fn order(&self) -> (Revision, u32) {
+        let mut rest = &self.0[4 + self.key().len() + 1..];
+        let mut next = || take_varint(&mut rest).expect("records are checked when they are made or loaded");
+        (Revision(next()), next() as u32)
+    }
+
+    pub fn mod_revision(&self) -> Revision {
+        self.order().0
+    }
+
+    pub fn is_tombstone(&self) -> bool {
+        self.0[4 + self.key().len()] & 1 == 1
     }
 
     pub fn value(&self) -> &[u8] {
@@ -117,7 +152,10 @@ pub(crate) fn take_varint(b: &mut &[u8]) -> Option<u64> {
     for shift in (0..64).step_by(7) {
         let (&byte, rest) = b.split_first()?;
         *b = rest;
-        n |= u64::from(byte & 0x7f).checked_shl(shift)?;
+        if shift == 63 && byte > 1 {
+            return None;
+        }
+        n |= u64::from(byte & 0x7f) << shift;
         if byte < 0x80 {
             return Some(n);
         }
