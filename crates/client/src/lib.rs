@@ -1,1 +1,59 @@
-//! (skeleton)
+//! The Rust client of Tenure: keys, sessions, fenced locks and watches, with outcomes told apart.
+//!
+//! Promises.
+//! - A change happens at most once: every try of a call carries one request id, and only then is it tried again.
+//! - A failure says what is known: refused with the facts, not applied, unavailable (never sent), or *unknown* ([`Error`]).
+//! - A [`Session`] knows its own deadline, counted from the sending of its renewals on a clock that counts suspension, and is lost
+//!   at that moment whether or not the server can be asked ([`lease`]).
+//! - A [`Watch`] loses and repeats no event over reconnects, and tells when history was compacted away under it.
+//!
+//! Not promised. A lock alone cannot stop a paused process from acting after its lease ended. Let the write itself be checked: give
+//! the fencing token to the resource, or use [`Put::require_lock`] and its siblings for keys of this service.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), tenure_client::Error> {
+//! use std::time::Duration;
+//! use tenure_client::Client;
+//!
+//! let client = Client::connect(["127.0.0.1:2379"]).await?;
+//! let session = client.session().ttl(Duration::from_secs(15)).name("nightly report").await?;
+//! let guard = session.lock("reports/nightly").wait(Duration::from_secs(30)).await?;
+//! tokio::select! {
+//!     reason = guard.lost() => eprintln!("stopped: {reason}"),
+//!     result = async {
+//!         // The check and the write are one step at the server: a stale owner is refused, however late it comes.
+//!         client.put("reports/last", "2026-01-31").require_lock(&guard).await
+//!     } => println!("written at revision {}", result?.revision),
+//! }
+//! guard.release().await?;
+//! session.end().await
+//! # }
+//! ```
+//!
+//! Leaves out. TLS and passwords, which the server of this version does not have either.
+
+#![warn(missing_docs)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod client;
+mod clock;
+mod error;
+mod kv;
+pub mod lease;
+mod lock;
+mod pipeline;
+mod requests;
+mod session;
+mod watch;
+
+pub use client::{Client, ClientOptions, RETRY_MAX};
+pub use clock::BootTime;
+pub use error::{Code, Error, Holder, Outcome, Problem};
+pub use kv::{
+    Compare, Comparing, Delete, DeleteReply, Get, LockProof, Op, OpReply, Put, PutReply, Range, RangeReply, Record,
+    Txn, TxnReply,
+};
+pub use lease::{LeaseState, LeaseTiming, LostReason};
+pub use lock::{Acquire, LockGuard, LockHolder, LockInfo, LockWaiter};
+pub use session::{CreateSession, OnExpire, Session, SessionInfo};
+pub use watch::{EventKind, Watch, WatchEvent, Watching};
