@@ -106,29 +106,61 @@ pub enum Op {
     /// A nested transaction, as etcd has it.
     Txn(Box<SubTxn>),
     /// Makes revisions below `revision` unreadable.
-    Compact { revision: i64 },
+    Compact {
+        revision: i64,
+    },
 
     SessionCreate(SessionCreate),
     /// Ends a session by its owner's or an operator's will. With a token only that incarnation.
-    SessionEnd { session: SessionId, token: Option<SessionToken> },
+    SessionEnd {
+        session: SessionId,
+        token: Option<SessionToken>,
+    },
     /// The leader's word that a deadline passed: dropped if the incarnation is gone or the entry's term is another.
-    SessionExpire { session: SessionId, token: SessionToken, term: Term },
+    SessionExpire {
+        session: SessionId,
+        token: SessionToken,
+        term: Term,
+    },
     /// What is left of a session's time, so that a new leader does not start it over; `None` clears it.
-    SessionCheckpoint { session: SessionId, token: SessionToken, remaining_ms: Option<u64> },
+    SessionCheckpoint {
+        session: SessionId,
+        token: SessionToken,
+        remaining_ms: Option<u64>,
+    },
 
     LockAcquire(LockAcquire),
-    LockRelease { name: Box<[u8]>, session: SessionId, token: Revision },
+    LockRelease {
+        name: Box<[u8]>,
+        session: SessionId,
+        token: Revision,
+    },
     /// Takes a waiter out of the queue, by the session and the request id of its acquire (or every wait of the session there).
-    LockCancel { name: Box<[u8]>, session: SessionId, request: Option<RequestId> },
+    LockCancel {
+        name: Box<[u8]>,
+        session: SessionId,
+        request: Option<RequestId>,
+    },
 
     /// The first entry of a cluster's life: its identity, drawn by the first leader.
-    Genesis { cluster: u64, issuer: [u8; 16] },
+    Genesis {
+        cluster: u64,
+        issuer: [u8; 16],
+    },
     /// Every member has said that it can; from here on apply follows this version.
-    RaiseBehaviour { to: u16 },
+    RaiseBehaviour {
+        to: u16,
+    },
     /// Limits that apply reads are state.
-    SetLimit { limit: Limit, value: u64 },
+    SetLimit {
+        limit: Limit,
+        value: u64,
+    },
     /// The checksum of changes at an index that all have applied; a member that differs stops.
-    Checksum { at: Index, sum: u64 },
+    Checksum {
+        at: Index,
+        sum: u64,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -285,4 +317,28 @@ pub enum Limit {
     OneShotRequests = 5,
     /// Changes kept for spaces without history.
     RingChanges = 6,
+}
+
+impl Limit {
+    /// Every limit, in the order of the numbers.
+    pub const ALL: [Self; 6] = [
+        Self::TxnOps,
+        Self::LockWaiters,
+        Self::SessionThings,
+        Self::SessionRequests,
+        Self::OneShotRequests,
+        Self::RingChanges,
+    ];
+
+    /// What holds until `Op::SetLimit` says otherwise.
+    pub const fn default_value(self) -> u64 {
+        match self {
+            Self::TxnOps => 128,
+            Self::LockWaiters => 10_000,
+            Self::SessionThings => 10_000,
+            Self::SessionRequests => 1_000,
+            Self::OneShotRequests => 500_000,
+            Self::RingChanges => 10_000,
+        }
+    }
 }

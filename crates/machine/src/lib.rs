@@ -11,18 +11,33 @@
 //! are drawn by the proposer and carried, and every map is ordered.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod apply;
+mod check;
+mod codec;
 mod command;
+mod history;
 mod keys;
+mod locks;
 mod log;
 mod memory;
 mod ordered;
+mod query;
 mod record;
 mod reply;
+mod requests;
+mod sessions;
 mod snapmap;
+mod snapshot;
 mod types;
 
+pub use apply::{BEHAVIOUR, Fault, Machine, Position};
+pub use codec::{DecodeError, MAX_DEPTH};
 pub use command::*;
 pub use keys::ChangeSlice;
+pub use locks::{LockInfo, WaiterInfo};
+pub use query::{Counts, Memory, MemoryLimits, Overload};
 pub use record::{Meta, Record};
 pub use reply::*;
+pub use sessions::SessionInfo;
+pub use snapshot::Loader;
 pub use types::*;

@@ -23,12 +23,21 @@ pub struct TxnReply {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum OpReply {
-    Put { prev: Option<Record> },
-    Delete { deleted: u64, prev: Vec<Record> },
+    Put {
+        prev: Option<Record>,
+    },
+    Delete {
+        deleted: u64,
+        prev: Vec<Record>,
+    },
     Range(RangeReply),
     Txn(TxnReply),
     Compacted,
-    SessionCreated { id: SessionId, token: SessionToken, ttl_ms: u64 },
+    SessionCreated {
+        id: SessionId,
+        token: SessionToken,
+        ttl_ms: u64,
+    },
     SessionEnded,
     LockGranted(LockGrant),
     LockReleased,
@@ -77,34 +86,79 @@ pub enum Rejection {
     EmptyKey,
     /// One transaction puts a key twice, or puts a key that it deletes.
     DuplicateKey,
-    TooManyOps { ops: u64, max: u64 },
+    TooManyOps {
+        ops: u64,
+        max: u64,
+    },
     /// `keep_value` or `keep_session` of a key that is not there.
     KeyNotFound,
-    Compacted { lowest: Revision },
-    FutureRevision { current: Revision },
+    Compacted {
+        lowest: Revision,
+    },
+    FutureRevision {
+        current: Revision,
+    },
     /// An attached session (etcd lease) does not exist or has ended.
-    SessionNotFound { session: SessionId },
-    SessionExists { session: SessionId },
+    SessionNotFound {
+        session: SessionId,
+    },
+    SessionExists {
+        session: SessionId,
+    },
     /// A native session is over; the outcome of requests under it can no longer be told.
-    SessionExpired { session: SessionId },
+    SessionExpired {
+        session: SessionId,
+    },
     /// A limit that is state; `what` names it.
-    Quota { what: &'static str, limit: u64 },
+    Quota {
+        what: &'static str,
+        limit: u64,
+    },
     /// The table of remembered requests is full; nothing was run.
-    RateLimited { what: &'static str, limit: u64 },
+    RateLimited {
+        what: &'static str,
+        limit: u64,
+    },
     /// The request id was first used for a different request.
     Mismatch,
     /// `behind` holders and waiters are ahead.
-    Held { name: Box<[u8]>, holder: Holder, waiters: u64 },
-    TimeoutWaiting { name: Box<[u8]>, waited_ms: u64, holder: Option<Holder> },
-    Cancelled { name: Box<[u8]> },
+    Held {
+        name: Box<[u8]>,
+        holder: Holder,
+        waiters: u64,
+    },
+    TimeoutWaiting {
+        name: Box<[u8]>,
+        waited_ms: u64,
+        holder: Option<Holder>,
+    },
+    Cancelled {
+        name: Box<[u8]>,
+    },
     /// The same owner asks again for what it holds or waits for.
-    Deadlock { name: Box<[u8]>, holder: Holder },
-    /// `presented` is not the token under which `name` is held.
-    Fenced { name: Box<[u8]>, presented: Revision, newest: Revision, holder: Option<Holder> },
-    NotFound { what: &'static str, name: Box<[u8]> },
-    Invalid { why: Box<str> },
+    Deadlock {
+        name: Box<[u8]>,
+        holder: Holder,
+    },
+    /// `presented` is not the token under which `name` is held. `newest` is zero where nobody holds it: a free lock is not
+    /// remembered, and needs not be, because the next token will be larger than any before.
+    Fenced {
+        name: Box<[u8]>,
+        presented: Revision,
+        newest: Revision,
+        holder: Option<Holder>,
+    },
+    NotFound {
+        what: &'static str,
+        name: Box<[u8]>,
+    },
+    Invalid {
+        why: Box<str>,
+    },
     /// The behaviour version in the state does not have this yet.
-    NotYet { behaviour: u16 },
+    NotYet {
+        behaviour: u16,
+    },
 }
 
 impl fmt::Display for Rejection {
@@ -112,7 +166,9 @@ impl fmt::Display for Rejection {
         match self {
             Self::EmptyKey => write!(f, "the key is empty"),
             Self::DuplicateKey => write!(f, "a key is written twice in one transaction"),
-            Self::TooManyOps { ops, max } => write!(f, "{ops} operations in one transaction, at most {max} are allowed"),
+            Self::TooManyOps { ops, max } => {
+                write!(f, "{ops} operations in one transaction, at most {max} are allowed")
+            }
             Self::KeyNotFound => write!(f, "the key is not there, so nothing of it can be kept"),
             Self::Compacted { lowest } => write!(f, "that revision was compacted, the lowest kept is {lowest}"),
             Self::FutureRevision { current } => write!(f, "that revision is in the future, the newest is {current}"),
@@ -123,7 +179,13 @@ impl fmt::Display for Rejection {
             Self::RateLimited { what, limit } => write!(f, "{what}: all {limit} places are taken, try later"),
             Self::Mismatch => write!(f, "this request id was first used for a different request"),
             Self::Held { name, holder, waiters } => {
-                write!(f, "lock `{}` is held by session {} under token {}", name.escape_ascii(), holder.session, holder.token)?;
+                write!(
+                    f,
+                    "lock `{}` is held by session {} under token {}",
+                    name.escape_ascii(),
+                    holder.session,
+                    holder.token
+                )?;
                 if *waiters > 0 { write!(f, ", {waiters} wait for it") } else { Ok(()) }
             }
             Self::TimeoutWaiting { name, waited_ms, .. } => {
@@ -131,18 +193,27 @@ impl fmt::Display for Rejection {
             }
             Self::Cancelled { name } => write!(f, "the wait for lock `{}` was cancelled", name.escape_ascii()),
             Self::Deadlock { name, holder } => {
-                write!(f, "lock `{}` is already held or awaited by the same owner, under token {}", name.escape_ascii(), holder.token)
+                write!(
+                    f,
+                    "lock `{}` is already held or awaited by the same owner, under token {}",
+                    name.escape_ascii(),
+                    holder.token
+                )
             }
             Self::Fenced { name, presented, newest, holder } => {
                 write!(f, "token {presented} of lock `{}` is stale", name.escape_ascii())?;
                 match holder {
                     Some(h) => write!(f, ": session {} holds it under token {}", h.session, h.token),
+                    // A free lock is not remembered, so mostly nothing is known of its newest token.
+                    None if newest.0 == 0 => write!(f, ": nobody holds it"),
                     None => write!(f, ": nobody holds it, its newest token was {newest}"),
                 }
             }
             Self::NotFound { what, name } => write!(f, "there is no {what} `{}`", name.escape_ascii()),
             Self::Invalid { why } => f.write_str(why),
-            Self::NotYet { behaviour } => write!(f, "this needs behaviour version {behaviour}, which the cluster has not reached"),
+            Self::NotYet { behaviour } => {
+                write!(f, "this needs behaviour version {behaviour}, which the cluster has not reached")
+            }
         }
     }
 }
@@ -150,11 +221,25 @@ impl fmt::Display for Rejection {
 /// What the log did to a session, for whoever keeps the deadlines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionEvent {
-    Created { id: SessionId, token: SessionToken, ttl_ms: u64 },
-    Ended { id: SessionId, token: SessionToken },
+    Created {
+        id: SessionId,
+        token: SessionToken,
+        ttl_ms: u64,
+    },
+    Ended {
+        id: SessionId,
+        token: SessionToken,
+    },
     /// An expiry that was proposed for this incarnation had no effect.
-    ExpiryDropped { id: SessionId, token: SessionToken },
-    Checkpoint { id: SessionId, token: SessionToken, remaining_ms: Option<u64> },
+    ExpiryDropped {
+        id: SessionId,
+        token: SessionToken,
+    },
+    Checkpoint {
+        id: SessionId,
+        token: SessionToken,
+        remaining_ms: Option<u64>,
+    },
 }
 
 /// One change of one key. `record` is the new state, a tombstone for a deletion; its key says which space it is of.

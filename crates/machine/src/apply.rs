@@ -1,0 +1,1054 @@
+//! The machine: one entry of the log in, changes and replies out.
+//!
+//! Promises. A1: one commit takes one revision, however many operations it has, and one that changes nothing (refused, read-only, deleting
+//! nothing) takes none. A2: operation n sees what those before it did; all compares, nested ones too, are decided before the
+//! first. A3: a refusal by any operation undoes the whole transaction. A4: changes are given before replies, in (revision, index)
+//! order. A5: due waits are answered before the transactions of the entry whose stamp made them due.
+//! Not promised. That the memory stays in its limits: that is judged before proposing (`admit`), never here.
+//! Relies on. Each entry is applied once, in order; a `Fault` is the end of the member.
+
+use crate::check;
+use crate::codec::{DecodeError, name};
+use crate::command::*;
+use crate::history::{Marks, Ring, Sums};
+use crate::keys::Keys;
+use crate::locks::{Lock, LockKey, Locks, OwnerKey, Waiter, WaiterNumber};
+use crate::record::{Meta, Record};
+use crate::reply::*;
+use crate::requests::{Requests, Seen};
+use crate::sessions::{self, Session, SessionFacts, Sessions};
+use crate::snapshot::Running;
+use crate::types::*;
+use std::cmp::Ordering;
+use std::fmt;
+use std::sync::Arc;
+
+/// The newest behaviour version that this release knows.
+pub const BEHAVIOUR: u16 = 1;
+
+/// Where in the log the machine is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    pub index: Index,
+    pub term: Term,
+}
+
+/// What stops a member: going on would make its state another than that of the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The entry follows rules that this release does not know.
+    UnknownBehaviour {
+        index: Index,
+        behaviour: u16,
+        known: u16,
+    },
+    /// The entry has something that this release does not know.
+    UnknownEntry {
+        index: Index,
+        what: &'static str,
+        number: u64,
+    },
+    /// The bytes of the entry mean nothing.
+    Malformed {
+        index: Index,
+        why: DecodeError,
+    },
+    /// The state of this member is not that of the leader.
+    ChecksumDiffers {
+        index: Index,
+        leader: u64,
+        here: u64,
+    },
+    StampWentBack {
+        index: Index,
+        stamp: LogTime,
+        before: LogTime,
+    },
+}
+
+impl Fault {
+    /// The fault of an entry that could not be read.
+    pub fn unreadable(index: Index, error: DecodeError) -> Self {
+        match error {
+            DecodeError::UnknownFormat { what, format } => {
+                Self::UnknownEntry { index, what, number: u64::from(format) }
+            }
+            DecodeError::UnknownNumber { what, number } => Self::UnknownEntry { index, what, number },
+            why => Self::Malformed { index, why },
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UnknownBehaviour { index, behaviour, known } => {
+                write!(
+                    f,
+                    "entry {index} has behaviour version {behaviour}, this release knows up to {known}: run a newer release"
+                )
+            }
+            Self::UnknownEntry { index, what, number } => {
+                write!(f, "entry {index} has {what} {number}, which this release does not know: run a newer release")
+            }
+            Self::Malformed { index, why } => write!(f, "entry {index} cannot be read: {why}"),
+            Self::ChecksumDiffers { index, leader, here } => {
+                write!(
+                    f,
+                    "the state after entry {index} differs from the leader's: checksum {here:016x} here, {leader:016x} there"
+                )
+            }
+            Self::StampWentBack { index, stamp, before } => {
+                write!(f, "entry {index} has log time {stamp}, which is before the {before} of an earlier one")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// The replicated state machine.
+pub struct Machine {
+    pub(crate) position: Position,
+    pub(crate) revision: Revision,
+    pub(crate) stamp: LogTime,
+    pub(crate) behaviour: u16,
+    pub(crate) cluster: u64,
+    pub(crate) issuer: [u8; 16],
+    /// By the number of the limit, less one.
+    pub(crate) limits: [u64; Limit::ALL.len()],
+    /// etcd's compacted revision, which is -1 before the first compaction and can become 0.
+    pub(crate) compact_floor: i64,
+    pub(crate) keys: Keys,
+    pub(crate) sessions: Sessions,
+    pub(crate) locks: Locks,
+    pub(crate) requests: Requests,
+    pub(crate) ring: Ring,
+    pub(crate) marks: Marks,
+    pub(crate) sums: Sums,
+    // Of this member, not of the state: nothing below is read by apply.
+    pub(crate) memory_limits: crate::query::MemoryLimits,
+    pub(crate) snapshot: Option<Running>,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Machine {
+    /// The state before the first entry.
+    pub fn new() -> Self {
+        Self {
+            position: Position::default(),
+            revision: Revision(1),
+            stamp: LogTime(0),
+            behaviour: 1,
+            cluster: 0,
+            issuer: [0; 16],
+            limits: Limit::ALL.map(Limit::default_value),
+            compact_floor: -1,
+            keys: Keys::new(),
+            sessions: Sessions::new(),
+            locks: Locks::new(),
+            requests: Requests::new(),
+            ring: Ring::new(),
+            marks: Marks::new(),
+            sums: Sums::new(Index(0), 0),
+            memory_limits: crate::query::MemoryLimits::default(),
+            snapshot: None,
+        }
+    }
+
+    /// The value of a limit that is state.
+    pub fn limit(&self, limit: Limit) -> u64 {
+        self.limits[limit as usize - 1]
+    }
+
+    /// Moves on over an entry without content.
+    pub fn skip(&mut self, at: Position) {
+        self.position = at;
+    }
+
+    /// Applies one entry. `out` is emptied and filled: the replies of this entry's transactions, and of earlier waits that
+    /// this entry ended. After a fault the machine must not be used.
+    pub fn apply(&mut self, at: Position, batch: Batch, out: &mut Applied) -> Result<(), Fault> {
+        out.changes.clear();
+        out.replies.clear();
+        out.sessions.clear();
+        self.check_entry(at, &batch)?;
+        self.position = at;
+        self.stamp = batch.stamp;
+        self.end_due_waits(out);
+        self.requests.drop_old(self.stamp, batch.txns.len());
+        for (number, txn) in (batch.origin.first..).zip(&batch.txns) {
+            let ticket = Ticket { member: batch.origin.member, boot: batch.origin.boot, number };
+            self.check_system(txn)?;
+            if let Some(reply) = self.answer(txn, ticket, out) {
+                out.replies.push((ticket, reply));
+            }
+        }
+        self.marks.note(self.stamp, self.revision);
+        self.sums.note(at.index);
+        Ok(())
+    }
+
+    /// `apply` of an entry that is not read yet.
+    pub fn apply_encoded(&mut self, at: Position, entry: &[u8], out: &mut Applied) -> Result<(), Fault> {
+        let batch = Batch::decode(entry).map_err(|error| Fault::unreadable(at.index, error))?;
+        self.apply(at, batch, out)
+    }
+
+    fn check_entry(&self, at: Position, batch: &Batch) -> Result<(), Fault> {
+        assert!(at.index > self.position.index, "entry {} comes after entry {}", at.index, self.position.index);
+        let index = at.index;
+        if batch.behaviour > BEHAVIOUR {
+            return Err(Fault::UnknownBehaviour { index, behaviour: batch.behaviour, known: BEHAVIOUR });
+        }
+        if batch.stamp < self.stamp {
+            return Err(Fault::StampWentBack { index, stamp: batch.stamp, before: self.stamp });
+        }
+        Ok(())
+    }
+
+    /// System operations that a member may be unable to follow.
+    fn check_system(&self, txn: &Txn) -> Result<(), Fault> {
+        let index = self.position.index;
+        for op in txn.then.iter().chain(&txn.otherwise) {
+            match op {
+                Op::RaiseBehaviour { to } if *to > BEHAVIOUR => {
+                    return Err(Fault::UnknownBehaviour { index, behaviour: *to, known: BEHAVIOUR });
+                }
+                Op::Checksum { at, sum } => match self.sums.at(*at) {
+                    Some(here) if here != *sum => {
+                        return Err(Fault::ChecksumDiffers { index: *at, leader: *sum, here });
+                    }
+                    _ => {}
+                },
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn end_due_waits(&mut self, out: &mut Applied) {
+        while let Some(number) = self.locks.due(self.stamp) {
+            let Some(waiter) = self.locks.set_waiter(number, None) else { return };
+            let rejection = Rejection::TimeoutWaiting {
+                name: waiter.lock.name().into(),
+                waited_ms: self.stamp.0 - waiter.since.0,
+                holder: self.locks.get(&waiter.lock).map(|lock| lock.holder.clone()),
+            };
+            self.answer_waiter(number, waiter, Err(rejection), out);
+        }
+    }
+
+    fn answer_waiter(
+        &mut self,
+        number: WaiterNumber,
+        waiter: Waiter,
+        result: Result<OpReply, Rejection>,
+        out: &mut Applied,
+    ) {
+        let result = result.map(|reply| TxnReply { succeeded: waiter.succeeded, results: vec![reply] });
+        self.sums.event([sum_event::WAIT_ENDED, number, u64::from(result.is_ok())]);
+        let reply = Reply { revision: self.revision, replayed: false, result };
+        if let Some(request) = &waiter.request {
+            self.requests.answer_waiter(&waiter.principal, request, number, &reply, self.stamp);
+        }
+        out.replies.push((waiter.ticket, reply));
+    }
+
+    /// Remembered requests first, then the transaction, then its answer is remembered. `None`: the answer comes later.
+    fn answer(&mut self, txn: &Txn, ticket: Ticket, out: &mut Applied) -> Option<Reply> {
+        let Some(request) = &txn.request else {
+            return match self.run(txn, ticket, out) {
+                Ran::Answered(result) => Some(self.reply(result)),
+                Ran::Waits(_) => None,
+            };
+        };
+        let digest = txn.digest();
+        let session = match request {
+            RequestId::Session { session, .. } => Some(*session),
+            RequestId::Uuid(_) => None,
+        };
+        let incarnation = session.and_then(|id| self.token_of(id));
+        match self.see(txn, request, digest) {
+            Seen::New => {}
+            Seen::Answered(reply) => return Some(reply),
+            Seen::Refused(rejection) => return Some(self.reply(Err(rejection))),
+            Seen::Waiting(number) => {
+                if let Some(waiter) = self.locks.waiters.get_mut(&number) {
+                    waiter.ticket = ticket;
+                }
+                return None;
+            }
+        }
+        let ran = self.run(txn, ticket, out);
+        // A transaction that ends the very session of its request leaves no place to remember it in.
+        let rememberable = session.is_none_or(|id| self.token_of(id) == incarnation);
+        match ran {
+            Ran::Waits(number) => {
+                if rememberable {
+                    self.requests.wait(&txn.principal, request, digest, number);
+                }
+                None
+            }
+            Ran::Answered(result) => {
+                let reply = self.reply(result);
+                if rememberable {
+                    self.requests.answer(&txn.principal, request, digest, &reply, self.stamp);
+                }
+                Some(reply)
+            }
+        }
+    }
+
+    fn see(&mut self, txn: &Txn, request: &RequestId, digest: [u8; 16]) -> Seen {
+        match request {
+            RequestId::Uuid(uuid) => {
+                let max = self.limit(Limit::OneShotRequests);
+                self.requests.see_one_shot(&txn.principal, *uuid, digest, self.stamp, max)
+            }
+            RequestId::Session { session, seq, acked_below } => {
+                if self.sessions.get(*session).is_none() {
+                    return Seen::Refused(Rejection::SessionExpired { session: *session });
+                }
+                let max = self.limit(Limit::SessionRequests);
+                self.requests.see_numbered(*session, *seq, *acked_below, digest, max)
+            }
+        }
+    }
+
+    fn token_of(&self, session: SessionId) -> Option<SessionToken> {
+        self.sessions.get(session).map(|s| s.facts.token)
+    }
+
+    fn reply(&self, result: Result<TxnReply, Rejection>) -> Reply {
+        Reply { revision: self.revision, replayed: false, result }
+    }
+
+    fn run(&mut self, txn: &Txn, ticket: Ticket, out: &mut Applied) -> Ran {
+        if let Err(rejection) = self.check_txn(txn) {
+            return Ran::Answered(Err(rejection));
+        }
+        let mut decisions = Vec::new();
+        let succeeded = self.decide(&txn.compares, &txn.then, &txn.otherwise, &mut decisions);
+        let ops = if succeeded { &txn.then } else { &txn.otherwise };
+        let mut commit = Commit::new(self, txn, ticket, out, succeeded);
+        match commit.run(ops, &mut decisions.into_iter(), true) {
+            Ok(results) => match commit.finish() {
+                Some(waiter) => Ran::Waits(waiter),
+                None => Ran::Answered(Ok(TxnReply { succeeded, results })),
+            },
+            Err(rejection) => {
+                commit.undo();
+                Ran::Answered(Err(rejection))
+            }
+        }
+    }
+
+    /// Everything that is judged before the compares.
+    pub(crate) fn check_txn(&self, txn: &Txn) -> Result<(), Rejection> {
+        check::check(txn, self.limit(Limit::TxnOps))?;
+        txn.requires.iter().try_for_each(|r| self.check_requirement(txn.namespace, r))
+    }
+
+    fn check_requirement(&self, namespace: NamespaceId, required: &RequireLock) -> Result<(), Rejection> {
+        let lock = self.locks.get(&LockKey::new(namespace, &required.name));
+        if lock.is_some_and(|l| l.holder.token == required.token) {
+            return Ok(());
+        }
+        Err(fenced(&required.name, required.token, lock))
+    }
+
+    /// Decides the compares of a transaction and, in the order in which they will run, of the nested ones on its way; those go to
+    /// `decisions`. Nested ones thus see the state before the first operation, as in etcd.
+    pub(crate) fn decide(
+        &self,
+        compares: &[Compare],
+        then: &[Op],
+        otherwise: &[Op],
+        decisions: &mut Vec<bool>,
+    ) -> bool {
+        let succeeded = compares.iter().all(|c| self.compare(c));
+        for op in if succeeded { then } else { otherwise } {
+            if let Op::Txn(sub) = op {
+                let place = decisions.len();
+                decisions.push(false);
+                decisions[place] = self.decide(&sub.compares, &sub.then, &sub.otherwise, decisions);
+            }
+        }
+        succeeded
+    }
+
+    /// A span without keys compares like a key of zeros, except by value: there it fails whatever the relation.
+    fn compare(&self, compare: &Compare) -> bool {
+        let mut live = self.keys.live(&compare.span).peekable();
+        if live.peek().is_none() {
+            return relates(compare, &Meta::default(), None);
+        }
+        live.all(|record| {
+            let (meta, _, value) = record.parts();
+            relates(compare, &meta, Some(value))
+        })
+    }
+
+    /// A range inside a transaction that began at `base`, when what it has done so far counts as `now`.
+    pub(crate) fn range_within(&self, range: &Range, base: Revision, now: Revision) -> Result<RangeReply, Rejection> {
+        // etcd compares the number as it came, so that one below zero is too old here and "now" outside of transactions.
+        if range.revision < 0 && range.revision < self.compact_floor {
+            return Err(Rejection::Compacted { lowest: self.keys.compacted() });
+        }
+        if u64::try_from(range.revision).is_ok_and(|r| r > base.0) {
+            return Err(Rejection::FutureRevision { current: base });
+        }
+        self.keys.range(range, now)
+    }
+}
+
+fn relates(compare: &Compare, meta: &Meta, value: Option<&[u8]>) -> bool {
+    let ordering = match &compare.target {
+        CompareTarget::Version(n) => (meta.version as i64).cmp(n),
+        CompareTarget::CreateRevision(n) => (meta.create_revision.0 as i64).cmp(n),
+        CompareTarget::ModRevision(n) => (meta.mod_revision.0 as i64).cmp(n),
+        CompareTarget::Lease(n) => (meta.owner.0 as i64).cmp(n),
+        CompareTarget::Value(expected) => match value {
+            Some(value) => value.cmp(expected),
+            None => return false,
+        },
+    };
+    match compare.relation {
+        Relation::Equal => ordering == Ordering::Equal,
+        Relation::NotEqual => ordering != Ordering::Equal,
+        Relation::Greater => ordering == Ordering::Greater,
+        Relation::Less => ordering == Ordering::Less,
+    }
+}
+
+fn fenced(name: &[u8], presented: Revision, lock: Option<&Lock>) -> Rejection {
+    Rejection::Fenced {
+        name: name.into(),
+        presented,
+        newest: lock.map_or(Revision(0), |l| l.holder.token),
+        holder: lock.map(|l| l.holder.clone()),
+    }
+}
+
+fn invalid(why: impl Into<Box<str>>) -> Rejection {
+    Rejection::Invalid { why: why.into() }
+}
+
+enum Ran {
+    Answered(Result<TxnReply, Rejection>),
+    Waits(WaiterNumber),
+}
+
+/// What the checksum takes in beside changes. Numbers never change.
+mod sum_event {
+    pub(super) const WAIT_ENDED: u64 = 1;
+    pub(super) const WAIT_BEGAN: u64 = 2;
+    pub(super) const SESSION_CREATED: u64 = 3;
+    pub(super) const SESSION_ENDED: u64 = 4;
+}
+
+/// How to take back one step.
+enum Undo {
+    Session(SessionId, Option<Session>),
+    Attach(SessionId, Key),
+    Detach(SessionId, Key),
+    Lock(LockKey, Option<Lock>),
+    Waiter(WaiterNumber, Option<Waiter>),
+}
+
+/// One transaction on its way: what it has changed so far, and how to undo that.
+struct Commit<'a> {
+    m: &'a mut Machine,
+    out: &'a mut Applied,
+    txn: &'a Txn,
+    ticket: Ticket,
+    succeeded: bool,
+    /// The revision before.
+    base: Revision,
+    /// The revision that it takes if it changes something.
+    at: Revision,
+    /// How many changes it has made.
+    index: u32,
+    keys_changed: bool,
+    changes_before: usize,
+    events_before: usize,
+    undo: Vec<Undo>,
+    /// Waits that it ends, with their answers.
+    answers: Vec<(WaiterNumber, Waiter, Result<OpReply, Rejection>)>,
+    ended: Vec<SessionId>,
+    /// Tokens given by this commit: an object gets one token of a revision once.
+    created: Vec<SessionId>,
+    granted: Vec<LockKey>,
+    /// The wait that it became.
+    joined: Option<WaiterNumber>,
+}
+
+impl<'a> Commit<'a> {
+    fn new(m: &'a mut Machine, txn: &'a Txn, ticket: Ticket, out: &'a mut Applied, succeeded: bool) -> Self {
+        Self {
+            base: m.revision,
+            at: m.revision.next(),
+            index: 0,
+            keys_changed: false,
+            changes_before: out.changes.len(),
+            events_before: out.sessions.len(),
+            undo: Vec::new(),
+            answers: Vec::new(),
+            ended: Vec::new(),
+            created: Vec::new(),
+            granted: Vec::new(),
+            joined: None,
+            m,
+            out,
+            txn,
+            ticket,
+            succeeded,
+        }
+    }
+
+    /// Makes it final. `Some`: the transaction has become a wait.
+    fn finish(self) -> Option<WaiterNumber> {
+        let Self { m, out, .. } = self;
+        if self.index > 0 {
+            m.revision = self.at;
+        }
+        let ring_max = m.limit(Limit::RingChanges);
+        for change in &out.changes[self.changes_before..] {
+            m.sums.change(change);
+            if change.record.key()[0] == Space::Native as u8 {
+                m.ring.push(change.clone(), ring_max);
+            }
+        }
+        for event in &out.sessions[self.events_before..] {
+            match event {
+                SessionEvent::Created { id, token, .. } => m.sums.event([sum_event::SESSION_CREATED, id.0, *token]),
+                SessionEvent::Ended { id, token } => m.sums.event([sum_event::SESSION_ENDED, id.0, *token]),
+                SessionEvent::ExpiryDropped { .. } | SessionEvent::Checkpoint { .. } => {}
+            }
+        }
+        for session in self.ended {
+            m.requests.forget_session(session);
+        }
+        for (number, waiter, result) in self.answers {
+            m.answer_waiter(number, waiter, result, out);
+        }
+        if let Some(number) = self.joined {
+            m.sums.event([sum_event::WAIT_BEGAN, number, 0]);
+        }
+        self.joined
+    }
+
+    /// Takes everything back.
+    fn undo(self) {
+        let m = self.m;
+        if self.keys_changed {
+            m.keys.rollback(self.at);
+        }
+        for step in self.undo.into_iter().rev() {
+            match step {
+                Undo::Session(id, old) => drop(m.sessions.set(id, old)),
+                Undo::Attach(id, key) => drop(m.sessions.detach(id, key.as_bytes())),
+                Undo::Detach(id, key) => drop(m.sessions.attach(id, key.as_bytes())),
+                Undo::Lock(key, old) => drop(m.locks.set_lock(&key, old)),
+                Undo::Waiter(number, old) => drop(m.locks.set_waiter(number, old)),
+            }
+        }
+        self.out.changes.truncate(self.changes_before);
+        self.out.sessions.truncate(self.events_before);
+    }
+
+    fn run(
+        &mut self,
+        ops: &[Op],
+        decisions: &mut impl Iterator<Item = bool>,
+        top: bool,
+    ) -> Result<Vec<OpReply>, Rejection> {
+        let alone = top && ops.len() == 1;
+        let mut results = Vec::with_capacity(ops.len());
+        for op in ops {
+            results.push(match op {
+                Op::Txn(sub) => {
+                    let succeeded = decisions.next().unwrap_or(false);
+                    let ops = if succeeded { &sub.then } else { &sub.otherwise };
+                    OpReply::Txn(TxnReply { succeeded, results: self.run(ops, decisions, false)? })
+                }
+                op => self.op(op, alone)?,
+            });
+        }
+        Ok(results)
+    }
+
+    fn op(&mut self, op: &Op, alone: bool) -> Result<OpReply, Rejection> {
+        match op {
+            Op::Put(put) => self.put(put),
+            Op::Delete(delete) => Ok(self.delete(delete)),
+            Op::Range(range) => Ok(OpReply::Range(self.m.range_within(range, self.base, self.now())?)),
+            Op::SessionCreate(create) => self.session_create(create),
+            Op::SessionEnd { session, token } => self.session_end(*session, *token),
+            Op::SessionExpire { session, token, term } => self.session_expire(*session, *token, *term),
+            Op::SessionCheckpoint { session, token, remaining_ms } => {
+                Ok(self.session_checkpoint(*session, *token, *remaining_ms))
+            }
+            Op::LockAcquire(acquire) => self.lock_acquire(acquire, alone),
+            Op::LockRelease { name, session, token } => self.lock_release(name, *session, *token),
+            Op::LockCancel { name, session, request } => Ok(self.lock_cancel(name, *session, request.as_ref())),
+            // What cannot be undone stands alone.
+            _ if !alone => Err(invalid("a system operation must be the only one of its transaction")),
+            Op::Compact { revision } => self.compact(*revision),
+            Op::Genesis { cluster, issuer } => self.genesis(*cluster, *issuer),
+            Op::RaiseBehaviour { to } => {
+                self.m.behaviour = self.m.behaviour.max(*to);
+                Ok(OpReply::Done)
+            }
+            Op::SetLimit { limit, value } => self.set_limit(*limit, *value),
+            Op::Checksum { .. } => Ok(OpReply::Done),
+            Op::Txn(_) => Err(invalid("a nested transaction stands in a list of operations")),
+        }
+    }
+
+    /// The newest revision as this transaction sees it.
+    fn now(&self) -> Revision {
+        if self.index > 0 { self.at } else { self.base }
+    }
+
+    fn next_index(&mut self) -> u32 {
+        self.index += 1;
+        self.index - 1
+    }
+
+    // ---- Keys ----
+
+    fn put(&mut self, put: &Put) -> Result<OpReply, Rejection> {
+        let key = put.key.as_bytes();
+        if put.session != SessionId(0) && self.m.sessions.get(put.session).is_none() {
+            return Err(Rejection::SessionNotFound { session: put.session });
+        }
+        let kept = if put.keep_value || put.keep_session {
+            Some(self.m.keys.get(key).cloned().ok_or(Rejection::KeyNotFound)?)
+        } else {
+            None
+        };
+        let owner = match &kept {
+            Some(old) if put.keep_session => old.meta().owner,
+            _ => put.session,
+        };
+        let value = match &kept {
+            Some(old) if put.keep_value => old.value(),
+            _ => &put.value,
+        };
+        self.check_attach(owner, key)?;
+        let index = self.next_index();
+        let change = self.m.keys.put(key, value, b"", owner, self.at, index);
+        self.keys_changed = true;
+        let prev = if put.prev { change.before.clone() } else { None };
+        self.push_key_change(change);
+        Ok(OpReply::Put { prev })
+    }
+
+    /// A native session owns a bounded number of things. An etcd lease is not bounded, as etcd's are not.
+    fn check_attach(&self, owner: SessionId, key: &[u8]) -> Result<(), Rejection> {
+        if owner == SessionId(0) || !self.m.sessions.get(owner).is_some_and(Session::is_native) {
+            return Ok(());
+        }
+        if self.m.keys.get(key).is_some_and(|r| r.meta().owner == owner) {
+            return Ok(());
+        }
+        self.check_things(owner)
+    }
+
+    fn check_things(&self, owner: SessionId) -> Result<(), Rejection> {
+        let limit = self.m.limit(Limit::SessionThings);
+        if self.m.sessions.key_count(owner) + self.m.locks.things(owner) >= limit {
+            return Err(Rejection::Quota { what: name::SESSION_THINGS, limit });
+        }
+        Ok(())
+    }
+
+    /// Moves the key between owners as the change says, and hands the change out.
+    fn push_key_change(&mut self, change: Change) {
+        let old = change.before.as_ref().map_or(SessionId(0), |r| r.meta().owner);
+        let new = change.record.meta().owner;
+        if old != new {
+            let key = change.record.key();
+            if old != SessionId(0) && self.m.sessions.detach(old, key) {
+                self.undo.push(Undo::Detach(old, Key::from_bytes(key)));
+            }
+            if new != SessionId(0) && self.m.sessions.attach(new, key) {
+                self.undo.push(Undo::Attach(new, Key::from_bytes(key)));
+            }
+        }
+        self.out.changes.push(change);
+    }
+
+    fn delete(&mut self, delete: &Delete) -> OpReply {
+        let mut deleted = 0;
+        let mut prev = Vec::new();
+        if delete.span.end.is_none() {
+            let before = self.delete_key(delete.span.start.as_bytes());
+            deleted = u64::from(before.is_some());
+            prev.extend(before.filter(|_| delete.prev));
+        } else {
+            let live: Vec<Record> = self.m.keys.live(&delete.span).cloned().collect();
+            for record in live {
+                let before = self.delete_key(record.key());
+                deleted += u64::from(before.is_some());
+                prev.extend(before.filter(|_| delete.prev));
+            }
+        }
+        OpReply::Delete { deleted, prev }
+    }
+
+    fn delete_key(&mut self, key: &[u8]) -> Option<Record> {
+        let change = self.m.keys.delete(key, self.at, self.index)?;
+        self.index += 1;
+        self.keys_changed = true;
+        let before = change.before.clone();
+        self.push_key_change(change);
+        before
+    }
+
+    fn compact(&mut self, revision: i64) -> Result<OpReply, Rejection> {
+        if revision <= self.m.compact_floor {
+            return Err(Rejection::Compacted { lowest: self.m.keys.compacted() });
+        }
+        let to = Revision(u64::try_from(revision).unwrap_or(0));
+        if to > self.base {
+            return Err(Rejection::FutureRevision { current: self.base });
+        }
+        self.m.compact_floor = revision;
+        self.m.keys.compact(to);
+        self.m.marks.compact(to);
+        Ok(OpReply::Compacted)
+    }
+
+    // ---- Sessions ----
+
+    fn set_session(&mut self, id: SessionId, session: Option<Session>) {
+        let old = self.m.sessions.set(id, session);
+        self.undo.push(Undo::Session(id, old));
+    }
+
+    fn session_create(&mut self, create: &SessionCreate) -> Result<OpReply, Rejection> {
+        self.check_create(create)?;
+        let token = self.create(create);
+        Ok(OpReply::SessionCreated { id: create.id, token, ttl_ms: create.ttl_ms })
+    }
+
+    fn check_create(&self, create: &SessionCreate) -> Result<(), Rejection> {
+        let metadata: usize = create.metadata.iter().map(|(k, v)| k.len() + v.len()).sum();
+        if create.id.0 == 0 || create.id.0 >> 63 != 0 {
+            return Err(invalid("a session id is above zero and its top bit is clear"));
+        }
+        if create.ttl_ms == 0 {
+            return Err(invalid("a session lives for some time"));
+        }
+        if create.name.len() > sessions::NAME_BYTES_MAX || metadata > sessions::METADATA_BYTES_MAX {
+            return Err(invalid("the name or the metadata of the session is too large"));
+        }
+        if self.m.sessions.get(create.id).is_some() {
+            return Err(Rejection::SessionExists { session: create.id });
+        }
+        if self.created.contains(&create.id) {
+            return Err(invalid("one transaction makes a session once"));
+        }
+        Ok(())
+    }
+
+    fn create(&mut self, create: &SessionCreate) -> SessionToken {
+        let native = create.face == SessionFace::Native;
+        let (token, index) = if native { (self.at.0, self.next_index()) } else { (self.m.position.index.0, 0) };
+        let session = Session {
+            facts: Arc::new(SessionFacts { create: create.clone(), token, index, created: self.m.stamp }),
+            remaining_ms: None,
+            released: Vec::new(),
+        };
+        if native {
+            self.out.changes.push(Change { record: session.record(), before: None });
+        }
+        self.set_session(create.id, Some(session));
+        self.created.push(create.id);
+        self.out.sessions.push(SessionEvent::Created { id: create.id, token, ttl_ms: create.ttl_ms });
+        token
+    }
+
+    fn session_end(&mut self, id: SessionId, token: Option<SessionToken>) -> Result<OpReply, Rejection> {
+        match (self.m.token_of(id), token) {
+            (None, None) => Err(Rejection::SessionNotFound { session: id }),
+            (live, Some(token)) if live != Some(token) => Err(Rejection::SessionExpired { session: id }),
+            _ => {
+                self.end(id)?;
+                Ok(OpReply::SessionEnded)
+            }
+        }
+    }
+
+    fn session_expire(&mut self, id: SessionId, token: SessionToken, term: Term) -> Result<OpReply, Rejection> {
+        if self.m.token_of(id) != Some(token) || self.m.position.term != term {
+            self.out.sessions.push(SessionEvent::ExpiryDropped { id, token });
+            return Ok(OpReply::Done);
+        }
+        self.end(id)?;
+        Ok(OpReply::SessionEnded)
+    }
+
+    fn session_checkpoint(&mut self, id: SessionId, token: SessionToken, remaining_ms: Option<u64>) -> OpReply {
+        if let Some(session) = self.m.sessions.get(id).filter(|s| s.facts.token == token).cloned() {
+            self.set_session(id, Some(Session { remaining_ms, ..session }));
+            self.out.sessions.push(SessionEvent::Checkpoint { id, token, remaining_ms });
+        }
+        OpReply::Done
+    }
+
+    /// Ends a live session: its waits, its keys, its locks, itself.
+    fn end(&mut self, id: SessionId) -> Result<(), Rejection> {
+        let Some(session) = self.m.sessions.get(id).cloned() else { return Ok(()) };
+        // Its waits go first, so that none of its own locks is granted to it.
+        for number in self.m.locks.waits_of(id) {
+            self.end_wait(number, Err(Rejection::SessionExpired { session: id }));
+        }
+        let keys: Vec<Key> = self.m.sessions.keys(id).cloned().collect();
+        for key in keys {
+            match session.facts.create.on_expire {
+                OnExpire::Delete => drop(self.delete_key(key.as_bytes())),
+                OnExpire::Release => self.disown(key.as_bytes()),
+            }
+        }
+        for lock in self.m.locks.locks_of(id) {
+            self.free(&lock)?;
+        }
+        if session.is_native() {
+            let index = self.next_index();
+            let record = tombstone(&sessions::native_key(id), self.at, index);
+            self.out.changes.push(Change { record, before: Some(session.record()) });
+        }
+        self.set_session(id, None);
+        self.ended.push(id);
+        self.out.sessions.push(SessionEvent::Ended { id, token: session.facts.token });
+        Ok(())
+    }
+
+    /// Writes a key as it is, without its owner.
+    fn disown(&mut self, key: &[u8]) {
+        let Some(record) = self.m.keys.get(key).cloned() else { return };
+        let (_, tail, value) = record.parts();
+        let index = self.next_index();
+        let change = self.m.keys.put(key, value, tail, SessionId(0), self.at, index);
+        self.keys_changed = true;
+        self.push_key_change(change);
+    }
+
+    // ---- Locks ----
+
+    fn lock_acquire(&mut self, acquire: &LockAcquire, alone: bool) -> Result<OpReply, Rejection> {
+        check_name(&acquire.name)?;
+        if acquire.owner.len() > crate::locks::NAME_BYTES_MAX {
+            return Err(invalid("the owner's name is too long"));
+        }
+        let session = self.check_acquirer(acquire)?;
+        let key = LockKey::new(self.txn.namespace, &acquire.name);
+        let Some(lock) = self.m.locks.get(&key) else {
+            self.create_for(acquire);
+            return Ok(OpReply::LockGranted(self.grant(&key, session, acquire.owner.clone())?));
+        };
+        let owner = OwnerKey::new(&acquire.owner, session);
+        let held_by = OwnerKey::new(&lock.holder.owner, lock.holder.session);
+        if owner == held_by || self.m.locks.is_waiting(&key, &owner) {
+            return Err(Rejection::Deadlock { name: acquire.name.clone(), holder: lock.holder.clone() });
+        }
+        let waiters = self.m.locks.queue_len(&key);
+        let deadline = match acquire.wait {
+            Wait::None | Wait::Ms(0) => {
+                return Err(Rejection::Held { name: acquire.name.clone(), holder: lock.holder.clone(), waiters });
+            }
+            Wait::Ms(ms) => Some(self.m.stamp.plus(ms)),
+            Wait::Forever => None,
+        };
+        if !alone {
+            return Err(invalid("an acquire that may wait must be the only operation of its transaction"));
+        }
+        let limit = self.m.limit(Limit::LockWaiters);
+        if waiters >= limit {
+            return Err(Rejection::Quota { what: name::WAITERS, limit });
+        }
+        self.create_for(acquire);
+        self.join(key, acquire, session, deadline);
+        Ok(OpReply::Done)
+    }
+
+    /// The session that will hold the lock: a live one, or one that may be made.
+    fn check_acquirer(&self, acquire: &LockAcquire) -> Result<SessionId, Rejection> {
+        let Some(create) = &acquire.create else {
+            let id = acquire.session;
+            let session = self.m.sessions.get(id).ok_or(Rejection::SessionExpired { session: id })?;
+            if session.is_native() {
+                self.check_things(id)?;
+            }
+            return Ok(id);
+        };
+        if acquire.session != SessionId(0) && acquire.session != create.id {
+            return Err(invalid("an acquire that makes a session holds the lock under it"));
+        }
+        self.check_create(create)?;
+        Ok(create.id)
+    }
+
+    fn create_for(&mut self, acquire: &LockAcquire) {
+        if let Some(create) = &acquire.create {
+            self.create(create);
+        }
+    }
+
+    fn join(&mut self, lock: LockKey, acquire: &LockAcquire, session: SessionId, deadline: Option<LogTime>) {
+        let waiter = Waiter {
+            lock,
+            session,
+            owner: acquire.owner.clone(),
+            since: self.m.stamp,
+            deadline,
+            ticket: self.ticket,
+            principal: self.txn.principal.clone(),
+            request: self.txn.request,
+            succeeded: self.succeeded,
+        };
+        let number = self.m.locks.next_waiter;
+        self.m.locks.next_waiter += 1;
+        let old = self.m.locks.set_waiter(number, Some(waiter));
+        self.undo.push(Undo::Waiter(number, old));
+        self.joined = Some(number);
+    }
+
+    fn set_lock(&mut self, key: &LockKey, lock: Option<Lock>) {
+        let old = self.m.locks.set_lock(key, lock);
+        self.undo.push(Undo::Lock(key.clone(), old));
+    }
+
+    /// Gives the lock to a live session. Its token is this commit's revision, so a commit can grant a lock only once.
+    fn grant(&mut self, key: &LockKey, session: SessionId, owner: Box<[u8]>) -> Result<LockGrant, Rejection> {
+        if self.granted.contains(key) {
+            return Err(invalid(format!("one transaction grants lock `{}` once", key.name().escape_ascii())));
+        }
+        let facts =
+            self.m.sessions.get(session).map(|s| s.facts.clone()).ok_or(Rejection::SessionExpired { session })?;
+        let before = self.m.locks.get(key).map(|lock| lock.record(key));
+        let lock =
+            Lock { holder: Holder { token: self.at, session, owner, since: self.m.stamp }, index: self.next_index() };
+        self.out.changes.push(Change { record: lock.record(key), before });
+        self.set_lock(key, Some(lock));
+        self.granted.push(key.clone());
+        Ok(LockGrant { token: self.at, session, session_token: facts.token, ttl_ms: facts.create.ttl_ms })
+    }
+
+    /// Takes the lock from its holder and gives it to the first waiter, if there is one.
+    ///
+    /// Every waiter here is of a live session and in time: the waits of a session end with it, and due waits ended before
+    /// the first transaction of the entry.
+    fn free(&mut self, key: &LockKey) -> Result<(), Rejection> {
+        if let Some(number) = self.m.locks.head(key)
+            && let Some(waiter) = self.m.locks.waiter(number)
+        {
+            debug_assert!(waiter.deadline.is_none_or(|deadline| deadline > self.m.stamp));
+            let (session, owner) = (waiter.session, waiter.owner.clone());
+            let grant = self.grant(key, session, owner)?;
+            self.end_wait(number, Ok(OpReply::LockGranted(grant)));
+            return Ok(());
+        }
+        if let Some(lock) = self.m.locks.get(key) {
+            let before = lock.record(key);
+            let index = self.next_index();
+            self.out
+                .changes
+                .push(Change { record: tombstone(&key.native_key(), self.at, index), before: Some(before) });
+            self.set_lock(key, None);
+        }
+        Ok(())
+    }
+
+    fn end_wait(&mut self, number: WaiterNumber, result: Result<OpReply, Rejection>) {
+        if let Some(waiter) = self.m.locks.set_waiter(number, None) {
+            self.undo.push(Undo::Waiter(number, Some(waiter.clone())));
+            self.answers.push((number, waiter, result));
+        }
+    }
+
+    fn lock_release(&mut self, name: &[u8], session: SessionId, token: Revision) -> Result<OpReply, Rejection> {
+        check_name(name)?;
+        let key = LockKey::new(self.txn.namespace, name);
+        let lock = self.m.locks.get(&key);
+        if !lock.is_some_and(|l| l.holder.session == session && l.holder.token == token) {
+            let again = self.m.sessions.get(session).is_some_and(|s| s.has_released(&key, token));
+            return if again { Ok(OpReply::LockReleased) } else { Err(fenced(name, token, lock)) };
+        }
+        self.free(&key)?;
+        if let Some(mut holder) = self.m.sessions.get(session).cloned() {
+            holder.remember_release(key, token);
+            self.set_session(session, Some(holder));
+        }
+        Ok(OpReply::LockReleased)
+    }
+
+    fn lock_cancel(&mut self, name: &[u8], session: SessionId, request: Option<&RequestId>) -> OpReply {
+        let key = LockKey::new(self.txn.namespace, name);
+        let mut waits = self.m.locks.waits_of(session);
+        waits.retain(|number| {
+            let waiter = self.m.locks.waiter(*number).filter(|w| w.lock == key);
+            waiter.is_some_and(|w| request.is_none_or(|r| w.request.is_some_and(|own| is_same(&own, r))))
+        });
+        for number in &waits {
+            self.end_wait(*number, Err(Rejection::Cancelled { name: name.into() }));
+        }
+        OpReply::LockCancelled { waiters: waits.len() as u64 }
+    }
+
+    // ---- System ----
+
+    fn genesis(&mut self, cluster: u64, issuer: [u8; 16]) -> Result<OpReply, Rejection> {
+        if self.m.cluster != 0 || cluster == 0 {
+            return Err(invalid("a cluster gets its identity once"));
+        }
+        self.m.cluster = cluster;
+        self.m.issuer = issuer;
+        Ok(OpReply::Done)
+    }
+
+    fn set_limit(&mut self, limit: Limit, value: u64) -> Result<OpReply, Rejection> {
+        if value == 0 {
+            return Err(invalid("a limit of zero would refuse everything, this operation's successor too"));
+        }
+        self.m.limits[limit as usize - 1] = value;
+        if limit == Limit::RingChanges {
+            self.m.ring.shrink(value);
+        }
+        Ok(OpReply::Done)
+    }
+}
+
+fn check_name(name: &[u8]) -> Result<(), Rejection> {
+    if name.is_empty() {
+        return Err(Rejection::EmptyKey);
+    }
+    if name.len() > crate::locks::NAME_BYTES_MAX {
+        return Err(invalid("the name of the lock is too long"));
+    }
+    Ok(())
+}
+
+/// What was acknowledged meanwhile is not part of a request's identity.
+fn is_same(a: &RequestId, b: &RequestId) -> bool {
+    match (a, b) {
+        (RequestId::Session { session: a, seq: m, .. }, RequestId::Session { session: b, seq: n, .. }) => {
+            a == b && m == n
+        }
+        (a, b) => a == b,
+    }
+}
+
+fn tombstone(key: &Key, at: Revision, index: u32) -> Record {
+    let meta = Meta { tombstone: true, mod_revision: at, index, ..Meta::default() };
+    Record::new(key.as_bytes(), meta, b"", b"")
+}

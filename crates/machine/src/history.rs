@@ -1,0 +1,194 @@
+//! What is kept beside the keys so that the past can be told: the ring of changes of spaces without history, the marks by
+//! which compaction is timed, and the running checksums.
+//!
+//! Promises. H1: the ring has every change from its floor on. H2: a mark (stamp, revision) says which revision was the newest
+//! at that stamp, at least once a minute of log time or a thousand revisions while there are changes. H3: all three follow
+//! from the log alone; their sizes are bounded.
+
+use crate::codec::{self, Write};
+use crate::keys::ChangeSlice;
+use crate::reply::{Change, Rejection};
+use crate::types::*;
+use std::collections::VecDeque;
+
+/// The newest changes of the native space.
+pub(crate) struct Ring {
+    changes: VecDeque<Change>,
+    /// Watches can start here or later.
+    floor: Revision,
+    bytes: u64,
+}
+
+/// A change in the ring, beside its records.
+const CHANGE_BYTES: usize = 96;
+
+impl Ring {
+    pub(crate) fn new() -> Self {
+        Self { changes: VecDeque::new(), floor: Revision(0), bytes: 0 }
+    }
+
+    pub(crate) fn push(&mut self, change: Change, max: u64) {
+        self.bytes += change_bytes(&change);
+        self.changes.push_back(change);
+        self.shrink(max);
+    }
+
+    /// Drops the oldest changes above a limit. A revision of which something is gone cannot be watched any more.
+    pub(crate) fn shrink(&mut self, max: u64) {
+        while self.changes.len() as u64 > max {
+            let Some(gone) = self.changes.pop_front() else { return };
+            self.bytes -= change_bytes(&gone);
+            self.floor = gone.record.meta().mod_revision.next();
+        }
+    }
+
+    pub(crate) fn floor(&self) -> Revision {
+        self.floor
+    }
+
+    pub(crate) fn all(&self) -> &VecDeque<Change> {
+        &self.changes
+    }
+
+    pub(crate) fn load(changes: Vec<Change>, floor: Revision) -> Self {
+        let bytes = changes.iter().map(change_bytes).sum();
+        Self { changes: changes.into(), floor, bytes }
+    }
+
+    pub(crate) fn memory(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The changes of a span from a revision on, in whole revisions, until about `max_bytes` are gathered.
+    pub(crate) fn changes(
+        &self,
+        span: &Span,
+        from: Revision,
+        max_bytes: usize,
+        now: Revision,
+    ) -> Result<ChangeSlice, Rejection> {
+        if from < self.floor {
+            return Err(Rejection::Compacted { lowest: self.floor });
+        }
+        let first = self.changes.partition_point(|c| c.record.meta().mod_revision < from);
+        let (mut changes, mut bytes) = (Vec::<Change>::new(), 0);
+        for change in self.changes.range(first..).filter(|c| span.contains(c.record.key())) {
+            let revision = change.record.meta().mod_revision;
+            let begins = changes.last().is_some_and(|c| c.record.meta().mod_revision != revision);
+            if begins && bytes >= max_bytes {
+                return Ok(ChangeSlice { changes, next: revision });
+            }
+            bytes += change_bytes(change) as usize;
+            changes.push(change.clone());
+        }
+        Ok(ChangeSlice { changes, next: now.next().max(from) })
+    }
+}
+
+fn change_bytes(change: &Change) -> u64 {
+    let before = change.before.as_ref().map_or(0, |r| r.as_bytes().len());
+    (CHANGE_BYTES + change.record.as_bytes().len() + before) as u64
+}
+
+/// Which revision was the newest when.
+pub(crate) struct Marks {
+    marks: VecDeque<(LogTime, Revision)>,
+}
+
+const MARK_EVERY_MS: u64 = 60_000;
+const MARK_EVERY_REVISIONS: u64 = 1_000;
+/// Above this every second mark goes: compaction takes larger steps then.
+const MARKS_MAX: usize = 8_192;
+
+impl Marks {
+    pub(crate) fn new() -> Self {
+        Self { marks: VecDeque::new() }
+    }
+
+    /// Called after every entry.
+    pub(crate) fn note(&mut self, stamp: LogTime, revision: Revision) {
+        if let Some(&(at, newest)) = self.marks.back() {
+            let later = stamp.0.saturating_sub(at.0) >= MARK_EVERY_MS;
+            let further = revision.0.saturating_sub(newest.0) >= MARK_EVERY_REVISIONS;
+            if revision == newest || !(later || further) {
+                return;
+            }
+        }
+        if self.marks.len() == MARKS_MAX {
+            let mut odd = false;
+            self.marks.retain(|_| {
+                odd = !odd;
+                odd
+            });
+        }
+        self.marks.push_back((stamp, revision));
+    }
+
+    /// Forgets what is of no use once everything below `compacted` is gone.
+    pub(crate) fn compact(&mut self, compacted: Revision) {
+        let gone = self.marks.partition_point(|(_, revision)| *revision <= compacted);
+        self.marks.drain(..gone);
+    }
+
+    /// The newest marked revision at or below `revision` that was marked at or before `stamp`.
+    pub(crate) fn find(&self, stamp: LogTime, revision: Revision) -> Option<Revision> {
+        let old = self.marks.partition_point(|(at, r)| *at <= stamp && *r <= revision);
+        old.checked_sub(1).map(|i| self.marks[i].1)
+    }
+
+    pub(crate) fn all(&self) -> &VecDeque<(LogTime, Revision)> {
+        &self.marks
+    }
+
+    pub(crate) fn load(marks: Vec<(LogTime, Revision)>) -> Self {
+        Self { marks: marks.into() }
+    }
+}
+
+/// The running checksum of everything that changed, and what it was at recent indexes.
+pub(crate) struct Sums {
+    now: u64,
+    /// (index, checksum after it), for indexes that changed it.
+    recent: VecDeque<(Index, u64)>,
+}
+
+const SUMS_KEPT: usize = 4_096;
+
+impl Sums {
+    pub(crate) fn new(at: Index, now: u64) -> Self {
+        Self { now, recent: VecDeque::from([(at, now)]) }
+    }
+
+    pub(crate) fn now(&self) -> u64 {
+        self.now
+    }
+
+    pub(crate) fn change(&mut self, change: &Change) {
+        self.now = codec::fold(self.now, change.record.as_bytes());
+    }
+
+    /// Something that is not a change of a key: a session, a waiter.
+    pub(crate) fn event(&mut self, parts: [u64; 3]) {
+        let mut bytes = Vec::with_capacity(30);
+        for part in parts {
+            bytes.varint(part);
+        }
+        self.now = codec::fold(self.now, &bytes);
+    }
+
+    /// Called after every entry.
+    pub(crate) fn note(&mut self, at: Index) {
+        if self.recent.back().is_none_or(|(_, sum)| *sum != self.now) {
+            if self.recent.len() == SUMS_KEPT {
+                self.recent.pop_front();
+            }
+            self.recent.push_back((at, self.now));
+        }
+    }
+
+    /// The checksum after the entry `at`, if that is recent enough to be known here.
+    pub(crate) fn at(&self, at: Index) -> Option<u64> {
+        let next = self.recent.partition_point(|(index, _)| *index <= at);
+        next.checked_sub(1).map(|i| self.recent[i].1)
+    }
+}

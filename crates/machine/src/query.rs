@@ -1,0 +1,343 @@
+//! What can be asked of the machine without an entry: reads, what doors show, and what is judged before proposing.
+//!
+//! Promises. R1: a read changes nothing and sees whole commits only. R2: deleting, releasing, ending and compacting are admitted
+//! however full the memory is.
+//! Not promised. That the state is the newest: whoever wants a linearizable read has done its read index before.
+
+use crate::apply::{Machine, Position};
+use crate::check;
+use crate::codec::MAX_DEPTH;
+use crate::command::*;
+use crate::keys::ChangeSlice;
+use crate::locks::{LockInfo, LockKey};
+use crate::record::Record;
+use crate::reply::*;
+use crate::sessions::{Session, SessionInfo};
+use crate::types::*;
+use std::fmt;
+
+/// Bounds of the accounted memory: flags of one member, never read by apply. Zero: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryLimits {
+    /// Above it history is compacted sooner.
+    pub soft: u64,
+    /// Above it whatever grows is refused.
+    pub hard: u64,
+}
+
+/// Accounted bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Everything.
+    pub used: u64,
+    /// What compaction could give back.
+    pub history: u64,
+    /// Live keys with their values.
+    pub records: u64,
+    pub soft: u64,
+    pub hard: u64,
+}
+
+/// How many there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Live keys.
+    pub keys: u64,
+    /// Versions of keys that are kept, live ones included.
+    pub revisions_kept: u64,
+    pub sessions: u64,
+    pub locks_held: u64,
+    pub waiters: u64,
+    /// Remembered requests.
+    pub requests: u64,
+}
+
+/// A transaction must not be proposed: it would grow what is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overload {
+    pub what: &'static str,
+    pub used: u64,
+    pub limit: u64,
+}
+
+impl fmt::Display for Overload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} used, {} allowed", self.what, self.used, self.limit)
+    }
+}
+
+impl std::error::Error for Overload {}
+
+impl Txn {
+    /// Only ranges, nested ones included: such a transaction need not go through the log. One with a request id must, for its answer is remembered.
+    pub fn is_read_only(&self) -> bool {
+        self.request.is_none() && ops_read_only(&self.then) && ops_read_only(&self.otherwise)
+    }
+}
+
+fn ops_read_only(ops: &[Op]) -> bool {
+    ops.iter().all(|op| match op {
+        Op::Range(_) => true,
+        Op::Txn(sub) => ops_read_only(&sub.then) && ops_read_only(&sub.otherwise),
+        _ => false,
+    })
+}
+
+/// Where the machine is.
+impl Machine {
+    /// The last entry that was applied or skipped.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// The newest revision.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// Revisions below it cannot be read; zero before the first compaction.
+    pub fn compacted(&self) -> Revision {
+        self.keys.compacted()
+    }
+
+    /// Log time of the last entry.
+    pub fn stamp(&self) -> LogTime {
+        self.stamp
+    }
+
+    /// The behaviour version that apply follows.
+    pub fn behaviour(&self) -> u16 {
+        self.behaviour
+    }
+
+    /// The identity of the cluster; zero before its first entry.
+    pub fn cluster(&self) -> u64 {
+        self.cluster
+    }
+
+    /// Whose tokens these are: 128 random bits that the first leader logged.
+    pub fn issuer(&self) -> [u8; 16] {
+        self.issuer
+    }
+
+    /// Over everything that changed; equal on members that have applied the same entries.
+    pub fn checksum(&self) -> u64 {
+        self.sums.now()
+    }
+}
+
+/// Reads.
+impl Machine {
+    /// etcd's Range.
+    pub fn range(&self, range: &Range) -> Result<RangeReply, Rejection> {
+        check::check_key(&range.span.start)?;
+        self.keys.range(range, self.revision)
+    }
+
+    /// The live version of a key.
+    pub fn get(&self, key: &Key) -> Option<&Record> {
+        self.keys.get(key.as_bytes())
+    }
+
+    /// A transaction that only reads, without an entry. Its `requires` hold at this moment, like its compares.
+    pub fn read_txn(&self, txn: &Txn) -> Result<TxnReply, Rejection> {
+        if !txn.is_read_only() {
+            return Err(Rejection::Invalid { why: "this transaction does more than read".into() });
+        }
+        self.check_txn(txn)?;
+        let mut decisions = Vec::new();
+        let succeeded = self.decide(&txn.compares, &txn.then, &txn.otherwise, &mut decisions);
+        let ops = if succeeded { &txn.then } else { &txn.otherwise };
+        let results = self.read_ops(ops, &mut decisions.into_iter())?;
+        Ok(TxnReply { succeeded, results })
+    }
+
+    fn read_ops(&self, ops: &[Op], decisions: &mut impl Iterator<Item = bool>) -> Result<Vec<OpReply>, Rejection> {
+        let mut results = Vec::with_capacity(ops.len());
+        for op in ops {
+            match op {
+                Op::Range(range) => {
+                    results.push(OpReply::Range(self.range_within(range, self.revision, self.revision)?))
+                }
+                Op::Txn(sub) => {
+                    let succeeded = decisions.next().unwrap_or(false);
+                    let ops = if succeeded { &sub.then } else { &sub.otherwise };
+                    let results_within = self.read_ops(ops, decisions)?;
+                    results.push(OpReply::Txn(TxnReply { succeeded, results: results_within }));
+                }
+                _ => return Err(Rejection::Invalid { why: "this transaction does more than read".into() }),
+            }
+        }
+        Ok(results)
+    }
+
+    /// A page of the keys of a span at a revision that is not compacted, after the key `after`; the second part is where the next page starts, if there may be one.
+    pub fn range_slice(
+        &self,
+        span: &Span,
+        at: Revision,
+        after: Option<&Key>,
+        max_records: usize,
+    ) -> (Vec<Record>, Option<Key>) {
+        self.keys.range_slice(span, at, after, max_records)
+    }
+
+    /// The changes of a span from a revision on: whole revisions, in order, until about `max_bytes` are gathered. The span's start says which space is meant.
+    pub fn changes(&self, span: &Span, from: Revision, max_bytes: usize) -> Result<ChangeSlice, Rejection> {
+        match span.start.as_bytes().first() {
+            Some(&space) if space == Space::Keys as u8 => self.keys.changes(span, from, max_bytes, self.revision),
+            _ => self.ring.changes(span, from, max_bytes, self.revision),
+        }
+    }
+}
+
+/// For doors.
+impl Machine {
+    /// A live session.
+    pub fn session(&self, id: SessionId) -> Option<SessionInfo> {
+        self.sessions.get(id).map(|session| self.session_info(session))
+    }
+
+    /// Its attached keys, in key order.
+    pub fn session_keys(&self, id: SessionId) -> Vec<Key> {
+        self.sessions.keys(id).cloned().collect()
+    }
+
+    /// Up to `max` live sessions with larger ids, in the order of ids.
+    pub fn sessions(&self, after: SessionId, max: usize) -> Vec<SessionInfo> {
+        self.sessions.after(after).take(max).map(|(_, session)| self.session_info(session)).collect()
+    }
+
+    fn session_info(&self, session: &Session) -> SessionInfo {
+        let facts = &session.facts;
+        let create = &facts.create;
+        SessionInfo {
+            id: create.id,
+            token: facts.token,
+            face: create.face,
+            ttl_ms: create.ttl_ms,
+            on_expire: create.on_expire,
+            name: create.name.clone(),
+            metadata: create.metadata.clone(),
+            created: facts.created,
+            remaining_ms: session.remaining_ms,
+            keys: self.sessions.key_count(create.id),
+            locks: self.locks.lock_count(create.id),
+        }
+    }
+
+    /// A held lock with its waiters; `None` where nobody holds it.
+    pub fn lock(&self, ns: NamespaceId, name: &[u8]) -> Option<LockInfo> {
+        self.locks.info(&LockKey::new(ns, name))
+    }
+
+    /// Up to `max` held locks whose names begin with `prefix` and come after `after`, in the order of names.
+    pub fn locks(&self, ns: NamespaceId, prefix: &[u8], after: Option<&[u8]>, max: usize) -> Vec<LockInfo> {
+        self.locks.list(ns, prefix, after).take(max).filter_map(|key| self.locks.info(key)).collect()
+    }
+
+    /// How many there are of everything.
+    pub fn counts(&self) -> Counts {
+        let keys = self.keys.memory();
+        Counts {
+            keys: keys.live,
+            revisions_kept: keys.versions,
+            sessions: self.sessions.table.len() as u64,
+            locks_held: self.locks.held.len() as u64,
+            waiters: self.locks.waiters.len() as u64,
+            requests: self.requests.len(),
+        }
+    }
+}
+
+/// Judged before proposing, and chores of a leader.
+impl Machine {
+    /// Sets this member's memory limits.
+    pub fn set_memory_limits(&mut self, limits: MemoryLimits) {
+        self.memory_limits = limits;
+    }
+
+    /// Accounted bytes. Not exactly those of the process: `memory.rs` says what is counted.
+    pub fn memory(&self) -> Memory {
+        let keys = self.keys.memory();
+        let rest = self.sessions.memory() + self.locks.memory() + self.requests.memory() + self.ring.memory();
+        Memory {
+            used: keys.bytes + rest,
+            history: keys.history,
+            records: keys.bytes - keys.history,
+            soft: self.memory_limits.soft,
+            hard: self.memory_limits.hard,
+        }
+    }
+
+    /// Whether a transaction may be proposed now.
+    pub fn admit(&self, txn: &Txn) -> Result<(), Overload> {
+        let depth = txn.depth();
+        if depth > MAX_DEPTH {
+            return Err(Overload {
+                what: "levels of nested transactions",
+                used: depth as u64,
+                limit: MAX_DEPTH as u64,
+            });
+        }
+        let limit = self.memory_limits.hard;
+        let growth = ops_growth(&txn.then).max(ops_growth(&txn.otherwise));
+        if limit == 0 || growth == 0 {
+            return Ok(());
+        }
+        let used = self.memory().used;
+        if used + growth > limit {
+            return Err(Overload { what: "bytes of memory", used, limit });
+        }
+        Ok(())
+    }
+
+    /// The earliest moment of log time at which a wait ends without a lock, so that someone must propose an entry then.
+    pub fn next_deadline(&self) -> Option<LogTime> {
+        self.locks.next_deadline()
+    }
+
+    /// What a leader should propose to compact to now: everything older than `keep_ms` and below the newest `keep_revisions`; and, where
+    /// history takes more than its share of the memory limit, the oldest part of it regardless.
+    pub fn autocompact(&self, keep_ms: u64, keep_revisions: u64, history_share_percent: u64) -> Option<Revision> {
+        let old = self.compactable_by_age(keep_ms, keep_revisions);
+        let much = self.compactable_by_share(history_share_percent);
+        old.max(much).filter(|to| *to > self.compacted())
+    }
+
+    fn compactable_by_age(&self, keep_ms: u64, keep_revisions: u64) -> Option<Revision> {
+        let stamp = LogTime(self.stamp.0.checked_sub(keep_ms)?);
+        let revision = Revision(self.revision.0.checked_sub(keep_revisions)?);
+        self.marks.find(stamp, revision)
+    }
+
+    /// As if history were spread evenly over the revisions; the leader asks again.
+    fn compactable_by_share(&self, percent: u64) -> Option<Revision> {
+        let Memory { history, soft, hard, .. } = self.memory();
+        let limit = if soft == 0 { hard } else { soft };
+        let allowed = u128::from(limit) * u128::from(percent) / 100;
+        let excess = u128::from(history).checked_sub(allowed).filter(|_| limit > 0)?;
+        let kept = u128::from(self.revision.0 - self.compacted().0);
+        let step = kept * excess / u128::from(history.max(1));
+        if step == 0 { None } else { Some(Revision(self.compacted().0 + step as u64)) }
+    }
+
+    /// One slice of giving back what compaction made unreadable, of about `budget` changes; true while there is more.
+    pub fn maintain(&mut self, budget: usize) -> bool {
+        self.keys.maintain(budget)
+    }
+}
+
+/// An upper bound of the bytes that operations add; what takes away counts as nothing, even though it leaves tombstones.
+fn ops_growth(ops: &[Op]) -> u64 {
+    /// Beside keys, values and names.
+    const THING: u64 = 512;
+    let growth = ops.iter().map(|op| match op {
+        Op::Put(p) => THING + (2 * p.key.as_bytes().len() + p.value.len()) as u64,
+        Op::SessionCreate(_) => 2 * THING,
+        Op::LockAcquire(a) => 2 * THING + 2 * (a.name.len() + a.owner.len()) as u64,
+        Op::Txn(sub) => ops_growth(&sub.then).max(ops_growth(&sub.otherwise)),
+        _ => 0,
+    });
+    growth.sum()
+}

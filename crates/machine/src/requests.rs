@@ -1,0 +1,396 @@
+//! Remembered requests: a retry is answered with the first answer, never run again.
+//!
+//! Promises. Q1: the same principal, id and request get the first answer for ten minutes of log time after it was given, or for
+//! the life of the session under which the id was made; another request under that id is refused. Q2: nothing is forgotten
+//! early: where the table is full, new ids are refused before they run. Q3: an acknowledged or ended id is never run a second
+//! time under its session.
+//! Not promised. Large bodies: above `BODY_BYTES_MAX` the outcome is kept and the body is not.
+//! Relies on. Log time never goes back. `apply.rs` tells of every ended session.
+
+use crate::codec::{DecodeError, Reader, Write, name};
+use crate::command::RequestId;
+use crate::locks::WaiterNumber;
+use crate::reply::{OpReply, Rejection, Reply, TxnReply};
+use crate::snapmap::SnapMap;
+use crate::types::*;
+use std::collections::{BTreeMap, VecDeque};
+
+/// How long the answer to a one-shot request is kept, in log time. Clients stop retrying at half of it.
+pub(crate) const KEPT_MS: u64 = 10 * 60 * 1000;
+/// Encoded answers above this are kept as their outcome alone.
+const BODY_BYTES_MAX: usize = 16 << 10;
+/// Old answers dropped at an entry beside two for each of its transactions, so that no single entry pays for all.
+const DROPPED_PER_ENTRY: usize = 256;
+
+/// A one-shot id belongs to who made it.
+pub(crate) type OneShot = (Box<str>, [u8; 16]);
+/// An id under a session.
+pub(crate) type Numbered = (SessionId, u64);
+
+/// What is known of one request.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Remembered {
+    digest: [u8; 16],
+    state: State,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum State {
+    /// It waits for a lock; the answer comes later.
+    Waiting(WaiterNumber),
+    Answered {
+        at: LogTime,
+        /// The order of answers, by which one-shot requests are dropped.
+        order: u64,
+        reply: Box<[u8]>,
+    },
+}
+
+/// What the table says about a request before it runs.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Seen {
+    /// It may run.
+    New,
+    /// It ran, with this answer.
+    Answered(Reply),
+    /// It is this waiter.
+    Waiting(WaiterNumber),
+    /// It must not run.
+    Refused(Rejection),
+}
+
+/// A remembered request with its slots, beside principal and reply.
+const REMEMBERED_BYTES: usize = 160;
+/// One acknowledged number in its table.
+const ACKED_BYTES: u64 = 32;
+/// The format version of a stored request.
+const REMEMBERED_FORMAT: u8 = 1;
+
+pub(crate) struct Requests {
+    pub(crate) one_shot: SnapMap<OneShot, Remembered>,
+    pub(crate) numbered: SnapMap<Numbered, Remembered>,
+    /// Sequence numbers below these are acknowledged, by session.
+    pub(crate) acked: SnapMap<SessionId, u64>,
+    pub(crate) next_order: u64,
+    /// One-shot requests by the order of their answers; one that is not in the table under this order any more is skipped.
+    drop_order: VecDeque<(u64, OneShot)>,
+    /// How many ids of each session are kept.
+    counts: BTreeMap<SessionId, u64>,
+    bytes: u64,
+}
+
+impl Requests {
+    pub(crate) fn new() -> Self {
+        Self {
+            one_shot: SnapMap::new(),
+            numbered: SnapMap::new(),
+            acked: SnapMap::new(),
+            next_order: 1,
+            drop_order: VecDeque::new(),
+            counts: BTreeMap::new(),
+            bytes: 0,
+        }
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        (self.one_shot.len() + self.numbered.len()) as u64
+    }
+
+    pub(crate) fn memory(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Drops one-shot answers whose time is over, a bounded number per entry.
+    pub(crate) fn drop_old(&mut self, now: LogTime, txns: usize) {
+        for _ in 0..DROPPED_PER_ENTRY + 2 * txns {
+            if !self.drop_oldest(now) {
+                return;
+            }
+        }
+    }
+
+    /// Drops the oldest answer if its time is over.
+    fn drop_oldest(&mut self, now: LogTime) -> bool {
+        let Some(id) = self.oldest().filter(|(_, at)| at.plus(KEPT_MS) <= now).map(|(id, _)| id.clone()) else {
+            return false;
+        };
+        self.drop_order.pop_front();
+        self.set_one_shot(id, None);
+        true
+    }
+
+    /// The oldest answer. What left the table out of turn is skipped without counting, so that a loaded table, which has
+    /// no such gaps, drops the same at the same entry.
+    fn oldest(&mut self) -> Option<(&OneShot, LogTime)> {
+        while let Some((order, id)) = self.drop_order.front() {
+            match self.one_shot.get(id).map(|r| &r.state) {
+                Some(State::Answered { at, order: kept, .. }) if kept == order => {
+                    let at = *at;
+                    return self.drop_order.front().map(|(_, id)| (id, at));
+                }
+                _ => drop(self.drop_order.pop_front()),
+            }
+        }
+        None
+    }
+
+    /// Looks a one-shot request up before it runs.
+    pub(crate) fn see_one_shot(
+        &mut self,
+        principal: &str,
+        uuid: [u8; 16],
+        digest: [u8; 16],
+        now: LogTime,
+        max: u64,
+    ) -> Seen {
+        let id = (Box::from(principal), uuid);
+        match self.one_shot.get(&id) {
+            Some(r) if !r.is_over(now) => return r.seen(digest),
+            // Its time is over and its turn to be dropped has not come: for every question it is gone.
+            Some(_) => drop(self.set_one_shot(id, None)),
+            None => {}
+        }
+        while self.one_shot.len() as u64 >= max && self.drop_oldest(now) {}
+        if self.one_shot.len() as u64 >= max {
+            return Seen::Refused(Rejection::RateLimited { what: name::ONE_SHOT_REQUESTS, limit: max });
+        }
+        Seen::New
+    }
+
+    /// Looks a request of a live session up before it runs, and forgets what the session has acknowledged.
+    pub(crate) fn see_numbered(
+        &mut self,
+        session: SessionId,
+        seq: u64,
+        acked_below: u64,
+        digest: [u8; 16],
+        max: u64,
+    ) -> Seen {
+        let acked = self.acknowledge(session, acked_below);
+        if seq < acked {
+            // Its answer was received, so this is a straggler of the network. To run it would be to run it twice.
+            let why = format!("request {seq} of session {session} was acknowledged, its answer is forgotten");
+            return Seen::Refused(Rejection::Invalid { why: why.into() });
+        }
+        if let Some(r) = self.numbered.get(&(session, seq)) {
+            return r.seen(digest);
+        }
+        if self.counts.get(&session).is_some_and(|count| *count >= max) {
+            return Seen::Refused(Rejection::RateLimited { what: name::SESSION_REQUESTS, limit: max });
+        }
+        Seen::New
+    }
+
+    fn acknowledge(&mut self, session: SessionId, acked_below: u64) -> u64 {
+        let before = self.acked.get(&session).copied().unwrap_or(0);
+        if acked_below <= before {
+            return before;
+        }
+        if self.acked.insert(session, acked_below).is_none() {
+            self.bytes += ACKED_BYTES;
+        }
+        let old: Vec<Numbered> =
+            self.numbered.range((session, before)..(session, acked_below)).map(|(id, _)| *id).collect();
+        for id in old {
+            self.set_numbered(id, None);
+        }
+        acked_below
+    }
+
+    /// Keeps the answer of a request, if a later retry could ask for it.
+    pub(crate) fn answer(
+        &mut self,
+        principal: &str,
+        request: &RequestId,
+        digest: [u8; 16],
+        reply: &Reply,
+        now: LogTime,
+    ) {
+        let order = self.next_order;
+        self.next_order += 1;
+        let remembered = Remembered { digest, state: State::Answered { at: now, order, reply: retained(reply) } };
+        match request {
+            RequestId::Uuid(uuid) => {
+                let id: OneShot = (principal.into(), *uuid);
+                self.drop_order.push_back((order, id.clone()));
+                self.set_one_shot(id, Some(remembered));
+            }
+            RequestId::Session { session, seq, .. } => drop(self.set_numbered((*session, *seq), Some(remembered))),
+        }
+    }
+
+    /// Notes that a request has become a waiter.
+    pub(crate) fn wait(&mut self, principal: &str, request: &RequestId, digest: [u8; 16], waiter: WaiterNumber) {
+        let remembered = Remembered { digest, state: State::Waiting(waiter) };
+        match request {
+            RequestId::Uuid(uuid) => drop(self.set_one_shot((principal.into(), *uuid), Some(remembered))),
+            RequestId::Session { session, seq, .. } => drop(self.set_numbered((*session, *seq), Some(remembered))),
+        }
+    }
+
+    /// Keeps the answer that a waiter got, unless its caller has acknowledged it or its session is gone.
+    pub(crate) fn answer_waiter(
+        &mut self,
+        principal: &str,
+        request: &RequestId,
+        waiter: WaiterNumber,
+        reply: &Reply,
+        now: LogTime,
+    ) {
+        let kept = match request {
+            RequestId::Uuid(uuid) => self.one_shot.get(&(principal.into(), *uuid)),
+            RequestId::Session { session, seq, .. } => self.numbered.get(&(*session, *seq)),
+        };
+        if let Some(r) = kept.filter(|r| r.state == State::Waiting(waiter)) {
+            let digest = r.digest;
+            self.answer(principal, request, digest, reply, now);
+        }
+    }
+
+    /// Forgets everything under a session that has ended.
+    pub(crate) fn forget_session(&mut self, session: SessionId) {
+        if self.acked.remove(&session).is_some() {
+            self.bytes -= ACKED_BYTES;
+        }
+        let ids: Vec<Numbered> = self.numbered.range((session, 0)..=(session, u64::MAX)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.set_numbered(id, None);
+        }
+    }
+
+    fn set_one_shot(&mut self, id: OneShot, new: Option<Remembered>) -> Option<Remembered> {
+        let principal = 2 * id.0.len() as u64;
+        self.bytes += new.as_ref().map_or(0, |r| r.bytes() + principal);
+        let old = match new {
+            Some(new) => self.one_shot.insert(id, new),
+            None => self.one_shot.remove(&id),
+        };
+        self.bytes -= old.as_ref().map_or(0, |r| r.bytes() + principal);
+        old
+    }
+
+    fn set_numbered(&mut self, id: Numbered, new: Option<Remembered>) -> Option<Remembered> {
+        self.bytes += new.as_ref().map_or(0, Remembered::bytes);
+        let added = u64::from(new.is_some());
+        let old = match new {
+            Some(new) => self.numbered.insert(id, new),
+            None => self.numbered.remove(&id),
+        };
+        self.bytes -= old.as_ref().map_or(0, Remembered::bytes);
+        let count = self.counts.entry(id.0).or_default();
+        *count = *count + added - u64::from(old.is_some());
+        if *count == 0 {
+            self.counts.remove(&id.0);
+        }
+        old
+    }
+}
+
+impl Remembered {
+    fn bytes(&self) -> u64 {
+        let reply = match &self.state {
+            State::Waiting(_) => 0,
+            State::Answered { reply, .. } => reply.len(),
+        };
+        (REMEMBERED_BYTES + reply) as u64
+    }
+
+    fn is_over(&self, now: LogTime) -> bool {
+        matches!(self.state, State::Answered { at, .. } if at.plus(KEPT_MS) <= now)
+    }
+
+    fn seen(&self, digest: [u8; 16]) -> Seen {
+        if digest != self.digest {
+            return Seen::Refused(Rejection::Mismatch);
+        }
+        match &self.state {
+            State::Waiting(number) => Seen::Waiting(*number),
+            State::Answered { reply, .. } => {
+                let reply =
+                    Reply::decode(reply).expect("a remembered reply was encoded here or checked when it was loaded");
+                Seen::Answered(Reply { replayed: true, ..reply })
+            }
+        }
+    }
+
+    /// The waiter that it is.
+    pub(crate) fn waiter(&self) -> Option<WaiterNumber> {
+        match self.state {
+            State::Waiting(number) => Some(number),
+            State::Answered { .. } => None,
+        }
+    }
+}
+
+/// The bytes of an answer that are kept: all, or just its outcome.
+fn retained(reply: &Reply) -> Box<[u8]> {
+    let mut bytes = Vec::new();
+    reply.encode(&mut bytes);
+    if bytes.len() > BODY_BYTES_MAX
+        && let Ok(whole) = &reply.result
+    {
+        let outcome = TxnReply { succeeded: whole.succeeded, results: vec![OpReply::ResultNotRetained] };
+        bytes.clear();
+        Reply { result: Ok(outcome), revision: reply.revision, replayed: reply.replayed }.encode(&mut bytes);
+    }
+    bytes.into()
+}
+
+/// Appends what is known of a request as snapshots store it.
+pub(crate) fn write(b: &mut Vec<u8>, remembered: &Remembered) {
+    b.push(REMEMBERED_FORMAT);
+    b.extend_from_slice(&remembered.digest);
+    match &remembered.state {
+        State::Waiting(number) => {
+            b.flag(false);
+            b.varint(*number);
+        }
+        State::Answered { at, order, reply } => {
+            b.flag(true);
+            b.varint(at.0);
+            b.varint(*order);
+            b.bytes(reply);
+        }
+    }
+}
+
+pub(crate) fn read(r: &mut Reader<'_>) -> Result<Remembered, DecodeError> {
+    const WHAT: &str = "a remembered request";
+    let format = r.byte(WHAT)?;
+    if format != REMEMBERED_FORMAT {
+        return Err(DecodeError::UnknownFormat { what: WHAT, format });
+    }
+    let digest = r.array(WHAT)?;
+    let state = if r.flag(WHAT)? {
+        let (at, order, reply) = (LogTime(r.varint(WHAT)?), r.varint(WHAT)?, r.boxed(WHAT)?);
+        Reply::decode(&reply)?;
+        State::Answered { at, order, reply }
+    } else {
+        State::Waiting(r.varint(WHAT)?)
+    };
+    Ok(Remembered { digest, state })
+}
+
+/// Loading.
+impl Requests {
+    pub(crate) fn load_one_shot(&mut self, id: OneShot, remembered: Remembered) {
+        if let State::Answered { order, .. } = remembered.state {
+            self.drop_order.push_back((order, id.clone()));
+        }
+        self.set_one_shot(id, Some(remembered));
+    }
+
+    pub(crate) fn load_numbered(&mut self, id: Numbered, remembered: Remembered) {
+        self.set_numbered(id, Some(remembered));
+    }
+
+    pub(crate) fn load_acked(&mut self, session: SessionId, below: u64) {
+        self.acked.insert(session, below);
+        self.bytes += ACKED_BYTES;
+    }
+
+    /// Brings what is rebuilt into the order it had.
+    pub(crate) fn finish_load(&mut self) {
+        self.drop_order.make_contiguous().sort_unstable_by_key(|(order, _)| *order);
+    }
+}
