@@ -656,10 +656,10 @@ impl OutgoingReader {
         }
     }
 
-    /// What is queued now, without waiting.
-    pub(crate) fn try_take(&mut self) -> Option<Bytes> {
+    /// The next buffer if it is there and not longer than `len_max`: for joining small ones.
+    pub(crate) fn try_take_below(&mut self, len_max: usize) -> Option<Bytes> {
         let mut state = self.shared.lock();
-        let frames = state.queue.pop_front()?;
+        let frames = state.queue.pop_front_if(|frames| frames.len() <= len_max)?;
         self.shared.taken(&mut state, frames.len());
         Some(frames)
     }
