@@ -1,0 +1,272 @@
+//! What the commands share: where the server is, how to print, and how a failure becomes words and an exit code.
+//!
+//! Exit codes are a contract that scripts rely on; the table is [`exit`]. A failure is one line that starts with `error:`, then,
+//! where there is something to do about it, one that starts with `hint:`. Both go to standard error.
+
+use std::fmt;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use tenure_client::{Client, ClientOptions, Code, Error, Outcome};
+
+/// Exit codes of the command's own failures, by the error codes of the protocol.
+pub mod exit {
+    /// Anything without a number of its own; also a conflict as `flock -n` and `-w` tell it.
+    pub const FAILURE: u8 = 1;
+    pub const CONFLICT: u8 = 10;
+    pub const DEADLOCK: u8 = 11;
+    pub const FENCED: u8 = 12;
+    pub const SESSION_EXPIRED: u8 = 13;
+    pub const IN_FLIGHT: u8 = 14;
+    pub const MISMATCH: u8 = 15;
+    pub const NEEDS_RECONCILE: u8 = 16;
+    pub const COMPACTED: u8 = 17;
+    pub const QUOTA: u8 = 18;
+    pub const NOT_FOUND: u8 = 19;
+    pub const CANCELLED: u8 = 20;
+    /// Wrong use: flags, names, sizes (EX_USAGE).
+    pub const USAGE: u8 = 64;
+    /// The server cannot be reached, or has no majority (EX_UNAVAILABLE).
+    pub const UNAVAILABLE: u8 = 69;
+    /// The lock was lost while the command ran.
+    pub const LOST: u8 = 76;
+    pub const DENIED: u8 = 77;
+    /// The command was found but could not be started, as a shell tells it.
+    pub const NOT_EXECUTABLE: u8 = 126;
+    /// There is no such command, as a shell tells it.
+    pub const NO_SUCH_COMMAND: u8 = 127;
+}
+
+/// How answers are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Table,
+    /// One JSON document.
+    Json,
+}
+
+/// Connection flags, named as etcdctl's so that scripts carry over.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Common {
+    /// Members to talk to, as host:port, comma separated
+    #[arg(
+        long,
+        env = "TENURE_ENDPOINTS",
+        global = true,
+        value_delimiter = ',',
+        default_value = "127.0.0.1:2379",
+        value_name = "HOST:PORT,..."
+    )]
+    pub endpoints: Vec<String>,
+    /// How long one request may take in all, retries included
+    #[arg(
+        long,
+        env = "TENURE_COMMAND_TIMEOUT",
+        global = true,
+        default_value = "5s",
+        value_name = "DURATION",
+        value_parser = duration
+    )]
+    pub command_timeout: Duration,
+}
+
+/// `-o json`. Flattened into each command that prints an answer; not global, because `tenure lock -o` is flock's `--close`.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct OutputArg {
+    /// How to print answers
+    #[arg(long, short = 'o', value_enum, default_value = "table", value_name = "FORMAT")]
+    pub output: Output,
+}
+
+impl Common {
+    /// A client for these endpoints. It dials when it is first used, so an unreachable server is told by the first call.
+    pub fn client(&self) -> Result<Client, Failure> {
+        let options = ClientOptions::default().timeout(self.command_timeout);
+        Client::with_options(&self.endpoints, options).map_err(Failure::from)
+    }
+}
+
+/// A failure of the command itself: what happened, what to do about it, and the exit code.
+#[derive(Debug)]
+pub struct Failure {
+    pub exit: u8,
+    pub message: String,
+    pub hint: Option<String>,
+}
+
+impl Failure {
+    pub fn new(exit: u8, message: impl Into<String>) -> Self {
+        Self { exit, message: message.into(), hint: None }
+    }
+
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(exit::USAGE, message)
+    }
+
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { exit: exit_of(&error), message: error.to_string(), hint: hint_for(&error) }
+    }
+}
+
+/// The exit code of a client error.
+pub fn exit_of(error: &Error) -> u8 {
+    match error {
+        Error::Refused(problem) => exit_of_code(problem.code),
+        Error::Unknown { .. } | Error::NotApplied { .. } | Error::Unavailable { .. } => exit::UNAVAILABLE,
+        Error::Lost(_) => exit::LOST,
+        Error::Invalid(_) => exit::USAGE,
+        Error::Protocol(_) => exit::FAILURE,
+    }
+}
+
+fn exit_of_code(code: Code) -> u8 {
+    match code {
+        Code::Held | Code::TimeoutWaiting => exit::FAILURE,
+        Code::Conflict | Code::Duplicate => exit::CONFLICT,
+        Code::Deadlock => exit::DEADLOCK,
+        Code::Fenced => exit::FENCED,
+        Code::SessionExpired => exit::SESSION_EXPIRED,
+        Code::InFlight => exit::IN_FLIGHT,
+        Code::Mismatch => exit::MISMATCH,
+        Code::NeedsReconcile => exit::NEEDS_RECONCILE,
+        Code::Compacted => exit::COMPACTED,
+        Code::Quota | Code::RateLimited => exit::QUOTA,
+        Code::NoQuorum => exit::UNAVAILABLE,
+        Code::TooLarge | Code::Invalid => exit::USAGE,
+        Code::Unauthenticated | Code::Denied => exit::DENIED,
+        Code::NotFound => exit::NOT_FOUND,
+        Code::Cancelled => exit::CANCELLED,
+        // `Other`, and what a newer service may say.
+        _ => exit::FAILURE,
+    }
+}
+
+fn hint_for(error: &Error) -> Option<String> {
+    let hint = match error {
+        Error::Unavailable { .. } => {
+            "is `tenure serve` running there? --endpoints or TENURE_ENDPOINTS say where to look"
+        }
+        Error::Unknown { .. } => "the change may or may not have happened: read before you try again",
+        Error::Refused(problem) => match problem.code {
+            Code::Fenced => {
+                "another owner has taken over since: stop, and let whoever holds the lock now do the work. Repeating with this token never succeeds"
+            }
+            Code::Held | Code::TimeoutWaiting => "wait longer with --wait, or ask `tenure session list` who is alive",
+            Code::SessionExpired => "what it held is free now; make a new session and start over",
+            Code::Compacted => "start again from a fresh read",
+            Code::NoQuorum if problem.outcome == Outcome::Unknown => {
+                "the change may or may not have happened: read before you try again"
+            }
+            Code::NoQuorum => "nothing was changed; try again when a majority of the members is back",
+            Code::Mismatch => "use a new request id for a different request",
+            _ => return None,
+        },
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+/// Prints a failure and gives its exit code. Errors that are no [`Failure`] get the code of the client error they hold, else 1.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        print_failure(&failure.message, failure.hint.as_deref());
+        return ExitCode::from(failure.exit);
+    }
+    if let Some(client) = error.downcast_ref::<Error>() {
+        print_failure(&client.to_string(), hint_for(client).as_deref());
+        return ExitCode::from(exit_of(client));
+    }
+    print_failure(&format!("{error:#}"), None);
+    ExitCode::from(exit::FAILURE)
+}
+
+/// Prints an error and a hint to standard error.
+pub fn print_failure(message: &str, hint: Option<&str>) {
+    eprintln!("error: {message}");
+    if let Some(hint) = hint {
+        eprintln!("hint: {hint}");
+    }
+}
+
+/// Reads a duration such as `15s`, `500ms`, `1m30s`, `2h`, or a plain number of seconds as `flock -w` takes it.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("`{text}` is not a duration: write 15s, 500ms, 1m30s or a number of seconds");
+    if let Ok(seconds) = text.parse::<f64>() {
+        return Duration::try_from_secs_f64(seconds).map_err(|_| wrong());
+    }
+    let (mut rest, mut total) = (text, Duration::ZERO);
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').filter(|at| *at > 0).ok_or_else(wrong)?;
+        let (number, tail) = rest.split_at(digits);
+        let unit_len = tail.find(|c: char| c.is_ascii_digit()).unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(unit_len);
+        let factor = match unit {
+            "ms" => 0.001,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3_600.0,
+            _ => return Err(wrong()),
+        };
+        let number: f64 = number.parse().map_err(|_| wrong())?;
+        total += Duration::try_from_secs_f64(number * factor).map_err(|_| wrong())?;
+        rest = tail;
+    }
+    if text.is_empty() { Err(wrong()) } else { Ok(total) }
+}
+
+/// Writes rows under their headings in columns as wide as their widest cell.
+pub fn print_table(headings: &[&str], rows: &[Vec<String>]) {
+    let width = |column: usize| {
+        rows.iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or(0)
+            .max(headings[column].len())
+    };
+    let widths: Vec<usize> = (0..headings.len()).map(width).collect();
+    let line = |cells: Vec<&str>| {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        println!("{}", padded.join("  ").trim_end());
+    };
+    line(headings.to_vec());
+    for row in rows {
+        line(row.iter().map(String::as_str).collect());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_as_people_and_flock_write_them() {
+        assert_eq!(duration("15s"), Ok(Duration::from_secs(15)));
+        assert_eq!(duration("1m30s"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("2.5"), Ok(Duration::from_millis(2_500)));
+        assert_eq!(duration("0"), Ok(Duration::ZERO));
+        for wrong in ["", "s", "15x", "-1", "1s2", "soon"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+}
