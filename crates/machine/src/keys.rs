@@ -132,7 +132,7 @@ impl Keys {
     pub(crate) fn delete(&mut self, key: &[u8], at: Revision, index: u32) -> Option<Change> {
         let place = self.place(key);
         self.live_at(place, key)?;
-        let before = self.current.remove(place);
+        let (before, _) = self.current.remove(place);
         self.live_bytes -= held_bytes(&before);
         self.add_past(before.clone());
         let meta = Meta { tombstone: true, mod_revision: at, index, ..Meta::default() };
@@ -181,7 +181,7 @@ impl Keys {
         let first = self.past.seek(|r| r.key() < key);
         let end = self.past.seek(|r| r.key() <= key);
         let newest = self.past.before(end).filter(|_| first < end)?.order();
-        Some(self.remove_past(self.past_place(key, newest)))
+        Some(self.remove_past(self.past_place(key, newest)).0)
     }
 
     fn build(&mut self, key: &[u8], meta: Meta, tail: &[u8], value: &[u8]) -> Record {
@@ -198,10 +198,10 @@ impl Keys {
         self.past.insert(place, record);
     }
 
-    fn remove_past(&mut self, place: Place) -> Record {
-        let record = self.past.remove(place);
+    fn remove_past(&mut self, place: Place) -> (Record, Place) {
+        let (record, next) = self.past.remove(place);
         self.past_bytes -= held_bytes(&record);
-        record
+        (record, next)
     }
 }
 
@@ -503,12 +503,9 @@ impl Keys {
     /// Drops the versions of a key before `order`. Nearly always one: earlier ones went with the changes that
     /// superseded them.
     fn drop_past(&mut self, key: &[u8], order: (Revision, u32)) {
-        loop {
-            let place = self.past.seek(|r| r.key() < key);
-            if self.past.at(place).is_none_or(|r| r.key() != key || r.order() >= order) {
-                return;
-            }
-            self.remove_past(place);
+        let mut place = self.past.seek(|r| r.key() < key);
+        while self.past.at(place).is_some_and(|r| r.key() == key && r.order() < order) {
+            place = self.remove_past(place).1;
         }
     }
 }

@@ -67,6 +67,7 @@ impl Record {
     }
 
     /// The stored key, with space and namespace.
+    #[inline]
     pub fn key(&self) -> &[u8] {
         let len = u32::from_le_bytes([self.0[0], self.0[1], self.0[2], self.0[3]]) as usize;
         &self.0[4..4 + len]
