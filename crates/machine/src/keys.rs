@@ -20,7 +20,7 @@ use crate::command::{Order, Range, SortBy};
 use crate::log::Log;
 use crate::memory::{self, KeysMemory};
 use crate::ordered::{Ordered, Place};
-use crate::record::{Meta, Record, put_varint, take_varint};
+use crate::record::{Meta, Record, put_varint};
 use crate::reply::{Change, RangeReply, Rejection};
 use crate::types::*;
 use std::cmp::Ordering;
@@ -698,14 +698,6 @@ impl Pin {
     }
 }
 
-/// Takes the next record of a block that `snapshot_slice` wrote; `None` where there is no sound one.
-pub(crate) fn take_record(block: &mut &[u8]) -> Option<Record> {
-    let len = usize::try_from(take_varint(block)?).ok()?;
-    let (record, rest) = block.split_at_checked(len)?;
-    *block = rest;
-    Record::from_bytes(record)
-}
-
 /// Accounting.
 impl Keys {
     pub(crate) fn memory(&self) -> KeysMemory {
@@ -729,6 +721,7 @@ fn held_bytes(record: &Record) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::take_varint;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -1113,7 +1106,14 @@ mod tests {
     }
 
     fn decode(mut block: &[u8]) -> Vec<Record> {
-        std::iter::from_fn(|| (!block.is_empty()).then(|| take_record(&mut block).unwrap())).collect()
+        let mut records = Vec::new();
+        while !block.is_empty() {
+            let len = take_varint(&mut block).unwrap() as usize;
+            let (record, rest) = block.split_at(len);
+            records.push(Record::from_bytes(record).unwrap());
+            block = rest;
+        }
+        records
     }
 
     fn whole_snapshot(keys: &mut Keys, now: u64) -> Vec<u8> {

@@ -36,10 +36,6 @@ impl<K: Ord + Clone, V: Clone> SnapMap<K, V> {
         self.map.get(key)
     }
 
-    pub(crate) fn contains_key(&self, key: &K) -> bool {
-        self.map.contains_key(key)
-    }
-
     /// The value to be changed; counts as a change.
     pub(crate) fn get_mut(&mut self, key: &K) -> Option<&mut V> {
         self.keep_aside(key);
@@ -66,18 +62,6 @@ impl<K: Ord + Clone, V: Clone> SnapMap<K, V> {
 
     pub(crate) fn len(&self) -> usize {
         self.map.len()
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.map.is_empty()
-    }
-
-    pub(crate) fn first(&self) -> Option<(&K, &V)> {
-        self.map.first_key_value()
-    }
-
-    pub(crate) fn last(&self) -> Option<(&K, &V)> {
-        self.map.last_key_value()
     }
 
     /// Starts a snapshot of what is there now.
