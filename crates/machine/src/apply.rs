@@ -220,7 +220,7 @@ impl Machine {
                 Op::RaiseBehaviour { to } if *to > BEHAVIOUR => {
                     return Err(Fault::UnknownBehaviour { index, behaviour: *to, known: BEHAVIOUR });
                 }
-                Op::Checksum { at, sum } => match self.sums.at(*at) {
+                Op::Checksum { at, sum } => match self.sums.at(*at).filter(|_| *at < index) {
                     Some(here) if here != *sum => {
                         return Err(Fault::ChecksumDiffers { index: *at, leader: *sum, here });
                     }
@@ -1030,7 +1030,7 @@ impl<'a> Commit<'a> {
 
 fn check_name(name: &[u8]) -> Result<(), Rejection> {
     if name.is_empty() {
-        return Err(Rejection::EmptyKey);
+        return Err(invalid("a lock has a name"));
     }
     if name.len() > crate::locks::NAME_BYTES_MAX {
         return Err(invalid("the name of the lock is too long"));

@@ -4,7 +4,8 @@
 //! the life of the session under which the id was made; another request under that id is refused. Q2: nothing is forgotten
 //! early: where the table is full, new ids are refused before they run. Q3: an acknowledged or ended id is never run a second
 //! time under its session.
-//! Not promised. Large bodies: above `BODY_BYTES_MAX` the outcome is kept and the body is not.
+//! Not promised. Large bodies: above `BODY_BYTES_MAX` the outcome is kept and the body is not. And nothing survives a session: who
+//! makes one anew under an id that was used before starts its numbers anew too (ids are random unless the caller chose one).
 //! Relies on. Log time never goes back. `apply.rs` tells of every ended session.
 
 use crate::codec::{DecodeError, Reader, Write, name};

@@ -1,0 +1,6 @@
+//! Tests of the state machine through its public interface. `scripts/*.txt` show one promise each.
+#![allow(clippy::unwrap_used)]
+
+mod equal;
+mod model;
+mod script;
