@@ -57,7 +57,7 @@ func main() {
 	flag.StringVar(&o.command, "cmd", os.Getenv("SUBJECT_CMD"), "command that starts the server, with {dir} {port} {peer}; a path alone is an etcd binary (env SUBJECT_CMD)")
 	flag.IntVar(&o.rounds, "rounds", 50, "kills")
 	flag.Uint64Var(&o.seed, "seed", uint64(time.Now().UnixNano()), "seed of the moments at which the server is killed")
-	flag.DurationVar(&o.load, "load", 1500*time.Millisecond, "longest load before a kill")
+	flag.DurationVar(&o.load, "load", time.Second, "longest load before a kill")
 	flag.DurationVar(&o.budget, "budget", 170*time.Second, "start no further round after this time")
 	flag.StringVar(&o.dir, "dir", "", "parent of the data folder; kept after a failure")
 	flag.BoolVar(&o.check, "selfcheck", false, "prove that the loop can fail: bring back an older copy of the folder in round 3, which must be noticed")
@@ -212,8 +212,8 @@ func (l *loop) round(round int) []string {
 	}
 	group.Go(func() { l.book.holdLease(ctx, client, round) })
 	load := 100*time.Millisecond + time.Duration(l.rng.Int64N(int64(l.o.load)))
-	if round%4 == 0 {
-		load += 3 * time.Second // long enough for the locks of the last round's dead holders to expire and be granted anew
+	if round%5 == 0 {
+		load += 2500 * time.Millisecond // long enough for the locks of the last round's dead holders to expire and be granted anew
 	}
 	time.Sleep(load)
 	select {
