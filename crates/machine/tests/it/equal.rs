@@ -5,6 +5,8 @@ use crate::script::{load, snapshot};
 use proptest::prelude::*;
 use tenure_machine::*;
 
+type Blocks = Vec<Vec<u8>>;
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -18,7 +20,8 @@ proptest! {
         busy.set_memory_limits(MemoryLimits { soft: 1, hard: 2 });
         // One that starts from a snapshot of the busy one.
         let mut loaded: Option<Machine> = None;
-        let mut running: Option<(Vec<Vec<u8>>, Vec<Vec<u8>>)> = None;
+        // What the plain one writes at that moment, and what the busy one has written so far.
+        let mut running: Option<(Blocks, Blocks)> = None;
         for (n, ((at, batch, _), chore)) in log.into_iter().zip(chores.into_iter().cycle()).enumerate() {
             let (a, b) = (apply(&mut plain, at, &batch), apply(&mut busy, at, &batch));
             prop_assert_eq!(&a, &b);

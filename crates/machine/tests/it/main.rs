@@ -2,5 +2,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod equal;
+mod golden;
 mod model;
 mod script;
