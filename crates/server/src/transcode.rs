@@ -25,7 +25,7 @@ use self::problem::problem_response;
 use self::stream::stream_response;
 use crate::front::{App, Body, FrontError, full};
 use crate::pages::percent_decode;
-use crate::rpc::{Call, Code, Face, Method, Router, Status, UnaryFn};
+use crate::rpc::{Call, Code, Face, Method, Status, UnaryFn};
 
 mod etcd_json;
 mod fields;
@@ -67,16 +67,14 @@ enum Found<'t> {
 }
 
 impl Transcoder {
-    pub(crate) fn new(descriptors: &[u8], router: &Router) -> Result<Self, FrontError> {
+    pub(crate) fn new(descriptors: &[u8]) -> Result<Self, FrontError> {
         let pool = DescriptorPool::decode(descriptors).map_err(|error| FrontError::Descriptors(error.to_string()))?;
         let mut transcoder = Self { rules: Vec::new(), literal: HashMap::new(), variable: Vec::new() };
         let Some(http) = pool.get_extension_by_name("google.api.http") else { return Ok(transcoder) };
-        let mounted: std::collections::HashSet<&str> = router.paths().collect();
         for method in pool.services().flat_map(|service| service.methods().collect::<Vec<_>>()) {
             let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
             let options = method.options();
-            // A method that is not mounted has no rule: its path is as unknown as its call.
-            if !mounted.contains(path.as_str()) || !options.has_extension(&http) {
+            if !options.has_extension(&http) {
                 continue;
             }
             if let Value::Message(rule) = options.get_extension(&http).as_ref() {

@@ -202,6 +202,8 @@ impl KeepAlive {
         let Some(pings) = &mut self.pings else { return false };
         // The answer to the last ping must be taken before the next may leave.
         let _ = pings.poll_pong(cx);
+        // `h2` is not woken for its first ping: another round sends it.
+        cx.waker().wake_by_ref();
         pings.send_ping(h2::Ping::opaque()).is_ok()
     }
 }

@@ -129,7 +129,7 @@ pub(crate) struct App {
 impl Front {
     pub fn new(router: Router, health: Arc<dyn Health>, config: FrontConfig) -> Result<Self, FrontError> {
         let calls = router.paths().map(|path| (path, CallFigures::default())).collect();
-        let transcoder = Transcoder::new(tenure_wire::DESCRIPTORS, &router)?;
+        let transcoder = Transcoder::new(tenure_wire::DESCRIPTORS)?;
         let app = App {
             pages: Pages::new(&transcoder),
             transcoder,
