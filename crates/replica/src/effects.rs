@@ -1,0 +1,147 @@
+//! What a member gives back: answers, changes, messages, jobs, and what it tells about itself.
+
+use crate::clock::Millis;
+use crate::job::Job;
+use std::fmt;
+use tenure_machine::{Change, MemberId, Overload, Rejection, Reply, SessionId, SessionToken, Ticket};
+
+/// What one poll gave. The shell hands changes to watchers before it sends answers; it empties the lists.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// In (revision, index) order.
+    pub changes: Vec<Change>,
+    pub answers: Vec<(Ticket, Answer)>,
+    /// For other members; each may be lost.
+    pub messages: Vec<(MemberId, Vec<u8>)>,
+    /// To be run in order, beside the member.
+    pub jobs: Vec<Job>,
+    /// Poll again at this moment at the latest, or sooner when something arrives.
+    pub wake_at: Option<Millis>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// Committed, on disk and applied, or refused by apply.
+    Done(Reply),
+    /// Neither success nor failure: leadership was lost while it was under way.
+    Unknown,
+    /// It was not applied and will not be.
+    Refused(Refusal),
+    /// What `Member::machine` shows now contains every write that was answered before this read came.
+    ReadReady,
+    Renewed(Result<Renewal, Rejection>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Renewal {
+    pub session: SessionId,
+    pub token: SessionToken,
+    pub ttl_ms: u64,
+}
+
+/// Why something was not taken. Nothing of it was or will be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// More waits for the next poll than is allowed.
+    Overloaded,
+    NotLeader {
+        leader: MemberId,
+    },
+    /// There is no leader that a majority follows, as far as this member knows.
+    NoQuorum,
+    Memory(Overload),
+    DiskFull,
+    TooLarge {
+        bytes: usize,
+        max: usize,
+    },
+    Stopping,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Overloaded => write!(f, "too many requests wait already"),
+            Self::NotLeader { leader } => write!(f, "member {leader} leads"),
+            Self::NoQuorum => write!(f, "no leader with a majority is known"),
+            Self::Memory(overload) => write!(f, "{overload}"),
+            Self::DiskFull => write!(f, "the disk is nearly full, only requests that free space are taken"),
+            Self::TooLarge { bytes, max } => write!(f, "the request has {bytes} bytes, at most {max} are taken"),
+            Self::Stopping => write!(f, "the member is stopping"),
+        }
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Leader,
+    Candidate,
+    Follower,
+}
+
+/// Something an operator should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Alarm {
+    /// Writes that grow are refused until there is room again; it ends by itself.
+    DiskFull { free: u64, reserve: u64 },
+    /// It is tried again; meanwhile the log grows.
+    JobFailed { what: &'static str, why: String },
+    /// The older one was loaded, with the log since.
+    SnapshotDamaged { file: String, offset: u64, why: String },
+    /// A write that a crash cut, or a flip in the very last batch, was taken off the end of the log.
+    TornTail { file: String, offset: u64 },
+}
+
+impl fmt::Display for Alarm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DiskFull { free, reserve } => {
+                write!(f, "{free} bytes of disk are free, less than the reserve of {reserve}")
+            }
+            Self::JobFailed { what, why } => write!(f, "{what} failed and is tried again: {why}"),
+            Self::SnapshotDamaged { file, offset, why } => {
+                write!(f, "{file} is damaged at byte {offset} ({why}); the one before it was loaded")
+            }
+            Self::TornTail { file, offset } => {
+                write!(f, "the log was cut at byte {offset} of {file}, where a crash had torn it")
+            }
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Status {
+    pub member: MemberId,
+    pub name: String,
+    /// Zero until the first entry is applied.
+    pub cluster: u64,
+    pub issuer: [u8; 16],
+    pub storage: [u8; 16],
+    pub role: Role,
+    pub leader: Option<MemberId>,
+    pub term: u64,
+    pub committed: u64,
+    pub applied: u64,
+    pub first_index: u64,
+    pub last_index: u64,
+    pub voters: Vec<MemberId>,
+    pub log_file_bytes: u64,
+    pub log_segments: usize,
+    /// Of this run.
+    pub log_bytes_written: u64,
+    pub log_syncs: u64,
+    pub snapshot_index: u64,
+    pub snapshot_bytes: u64,
+    pub snapshot_running: bool,
+    /// Transactions that wait for the next poll, and those proposed whose fate is open.
+    pub queued: usize,
+    pub proposed: usize,
+    /// Callers that wait for an answer, waits for locks among them.
+    pub waiting: usize,
+    pub leader_changes: u64,
+    /// Times when the member did not run for longer than the election timeout.
+    pub gaps: u64,
+    pub alarms: Vec<Alarm>,
+}

@@ -1,0 +1,149 @@
+//! Whose folder this is: a small text file, written when the folder was made and never again.
+//!
+//! Promises. I1: a folder of another format, cluster or member is refused with a sentence that says which. I2: the storage id is
+//! drawn once per folder, so a wiped folder is another one. I3: the file is written last when a folder is made, so a folder
+//! that has it also has a log.
+//! Not promised. That a copy of the folder is noticed.
+
+use crate::disk::Disk;
+use crate::fault::OpenError;
+
+pub(crate) const FILE: &str = "identity";
+pub(crate) const TEMPORARY: &str = "identity.tmp";
+const FIRST_LINE: &str = "tenure member folder, format ";
+const FORMAT: u32 = 1;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    /// What the flags of a static start call the cluster.
+    pub(crate) cluster: String,
+    pub(crate) member: u64,
+    pub(crate) storage: [u8; 16],
+}
+
+impl Identity {
+    /// Five lines; the last is the CRC32C of those before it.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let storage: String = self.storage.iter().map(|b| format!("{b:02x}")).collect();
+        let mut text = format!(
+            "{FIRST_LINE}{FORMAT}\ncluster {}\nmember {}\nstorage {storage}\n",
+            self.cluster.escape_default(),
+            self.member
+        );
+        let crc = crc32c::crc32c(text.as_bytes());
+        text.push_str(&format!("crc32c {crc:08x}\n"));
+        text.into_bytes()
+    }
+
+    /// Compares the file with who this member is, and gives the storage id.
+    pub(crate) fn check(bytes: &[u8], cluster: &str, member: u64) -> Result<Self, OpenError> {
+        let other = |why: &str| OpenError::OtherFormat { file: FILE.to_owned(), why: why.to_owned() };
+        let text = std::str::from_utf8(bytes).map_err(|_| other("it is not text"))?;
+        let mut lines = text.lines();
+        let format = lines
+            .next()
+            .and_then(|l| l.strip_prefix(FIRST_LINE))
+            .ok_or_else(|| other("it does not begin as ours does"))?;
+        if format != FORMAT.to_string() {
+            return Err(other(&format!("format {format}, this release reads format {FORMAT}")));
+        }
+        let mut field =
+            |name: &str| lines.next().and_then(|l| l.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned));
+        let damaged = || OpenError::Damaged {
+            file: FILE.to_owned(),
+            offset: 0,
+            why: "its lines or its checksum are wrong".to_owned(),
+        };
+        let (found_cluster, found_member) =
+            (field("cluster").ok_or_else(damaged)?, field("member").ok_or_else(damaged)?);
+        let storage = field("storage").as_deref().and_then(unhex).ok_or_else(damaged)?;
+        let crc = field("crc32c").and_then(|s| u32::from_str_radix(&s, 16).ok()).ok_or_else(damaged)?;
+        // The checksum is the last line; the cluster's name may hold the same word.
+        let body = text.rfind("\ncrc32c ").ok_or_else(damaged)? + 1;
+        if crc32c::crc32c(&bytes[..body]) != crc {
+            return Err(damaged());
+        }
+        if found_cluster != cluster.escape_default().to_string() {
+            return Err(OpenError::OtherCluster { found: found_cluster, wanted: cluster.to_owned() });
+        }
+        let found_member: u64 = found_member.parse().map_err(|_| damaged())?;
+        if found_member != member {
+            return Err(OpenError::OtherMember { found: found_member, wanted: member });
+        }
+        Ok(Self { cluster: cluster.to_owned(), member, storage })
+    }
+
+    pub(crate) fn store(&self, disk: &mut dyn Disk) -> Result<(), OpenError> {
+        let io = |doing| move |error| OpenError::Io { doing, file: FILE.to_owned(), error };
+        disk.create(TEMPORARY, 0).map_err(io("create"))?;
+        disk.write(TEMPORARY, 0, &self.encode()).map_err(io("write"))?;
+        disk.sync(TEMPORARY).map_err(io("sync"))?;
+        disk.rename(TEMPORARY, FILE).map_err(io("rename"))?;
+        disk.sync_folder().map_err(io("sync the folder of"))
+    }
+
+    /// Where the checksums of this folder's records start, so that bytes of another folder, or bytes a client chose, do not pass.
+    pub(crate) fn seed(&self) -> u32 {
+        crc32c::crc32c(&self.storage)
+    }
+
+    /// The cluster as eight bytes, for headers.
+    pub(crate) fn cluster_mark(&self) -> u64 {
+        // FNV-1a: only tells names apart, nothing rests on it.
+        self.cluster.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+    }
+}
+
+fn unhex(text: &str) -> Option<[u8; 16]> {
+    let mut bytes = [0; 16];
+    if text.len() != 32 || !text.is_ascii() {
+        return None;
+    }
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * i..2 * i + 2], 16).ok()?;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity() -> Identity {
+        Identity { cluster: "n0=a\nb".to_owned(), member: 7, storage: [0xab; 16] }
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let text = String::from_utf8(identity().encode()).unwrap();
+        assert_eq!(
+            text,
+            "tenure member folder, format 1\ncluster n0=a\\nb\nmember 7\nstorage abababababababababababababababab\ncrc32c 7b76d320\n"
+        );
+        assert_eq!(Identity::check(text.as_bytes(), "n0=a\nb", 7).unwrap(), identity());
+    }
+
+    #[test]
+    fn another_folder_is_refused_by_name() {
+        let bytes = identity().encode();
+        let refused = |bytes: &[u8], cluster, member| Identity::check(bytes, cluster, member).unwrap_err().to_string();
+        assert_eq!(
+            refused(&bytes, "other", 7),
+            "the data folder belongs to the cluster `n0=a\\nb`, this member was started for `other`"
+        );
+        assert_eq!(
+            refused(&bytes, "n0=a\nb", 8),
+            "the data folder belongs to member 7, this one was started as member 8"
+        );
+        let newer = String::from_utf8(bytes.clone()).unwrap().replace("format 1", "format 2");
+        assert_eq!(
+            refused(newer.as_bytes(), "n0=a\nb", 7),
+            "the data folder is of another format: identity: format 2, this release reads format 1"
+        );
+        for at in FIRST_LINE.len() + 2..bytes.len() - 1 {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 1;
+            assert!(Identity::check(&flipped, "n0=a\nb", 7).is_err(), "flip at {at}");
+        }
+    }
+}

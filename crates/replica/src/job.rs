@@ -1,0 +1,139 @@
+//! Work beside the member: slow calls to the disk on which no answer waits.
+//!
+//! Promises. A job touches only files that the member does not write meanwhile. One that failed left nothing that counts.
+//! Relies on. The shell runs jobs in the order in which they came, on a handle of the same folder, and hands back each `JobDone`.
+
+use crate::disk::Disk;
+use crate::log::segment_file;
+use std::io;
+
+pub(crate) const PREPARE_TEMPORARY: &str = "prepare.tmp";
+/// Zeros are written and synced in pieces, so that the log's own syncs do not wait behind all of them.
+const ZEROS_AT_ONCE: u64 = 1 << 20;
+
+#[derive(Debug)]
+pub enum Job {
+    /// Makes the next segment, from a spare file if there is one.
+    PrepareSegment {
+        id: u64,
+        bytes: u64,
+        spare: Option<String>,
+    },
+    /// Keeps a segment that is not needed any more, to be used again.
+    Retire {
+        name: String,
+        spare: String,
+    },
+    /// One piece of a snapshot; the first makes the file anew.
+    WriteSnapshot {
+        number: u64,
+        file: String,
+        offset: u64,
+        bytes: Vec<u8>,
+        sync: bool,
+    },
+    /// The last piece, and the name under which the file counts from then on.
+    FinishSnapshot {
+        number: u64,
+        file: String,
+        offset: u64,
+        bytes: Vec<u8>,
+        name: String,
+    },
+    Remove {
+        name: String,
+    },
+}
+
+/// What became of a job. The text says why it failed.
+#[derive(Debug)]
+pub enum JobDone {
+    SegmentPrepared { id: u64, bytes: u64, result: Result<(), String> },
+    Retired { spare: String, result: Result<(), String> },
+    SnapshotWritten { number: u64, result: Result<(), String> },
+    SnapshotFinished { number: u64, name: String, bytes: u64, result: Result<(), String> },
+    Removed { name: String, result: Result<(), String> },
+}
+
+pub fn run_job(disk: &mut dyn Disk, job: Job) -> JobDone {
+    match job {
+        Job::PrepareSegment { id, bytes, spare } => {
+            let result = told(prepare(disk, id, bytes, spare));
+            JobDone::SegmentPrepared { id, bytes, result }
+        }
+        Job::Retire { name, spare } => {
+            let result = told(disk.rename(&name, &spare).and_then(|()| disk.sync_folder()));
+            JobDone::Retired { spare, result }
+        }
+        Job::WriteSnapshot { number, file, offset, bytes, sync } => {
+            JobDone::SnapshotWritten { number, result: told(write_piece(disk, &file, offset, &bytes, sync)) }
+        }
+        Job::FinishSnapshot { number, file, offset, bytes, name } => {
+            let len = offset + bytes.len() as u64;
+            let result = told(finish(disk, &file, offset, &bytes, &name));
+            JobDone::SnapshotFinished { number, name, bytes: len, result }
+        }
+        Job::Remove { name } => {
+            let result = told(disk.remove(&name).and_then(|()| disk.sync_folder()));
+            JobDone::Removed { name, result }
+        }
+    }
+}
+
+fn told(result: io::Result<()>) -> Result<(), String> {
+    result.map_err(|e| e.to_string())
+}
+
+fn prepare(disk: &mut dyn Disk, id: u64, bytes: u64, spare: Option<String>) -> io::Result<()> {
+    let from = match spare {
+        Some(spare) => spare,
+        None => {
+            fill(disk, bytes)?;
+            PREPARE_TEMPORARY.to_owned()
+        }
+    };
+    disk.rename(&from, &segment_file(id))?;
+    disk.sync_folder()
+}
+
+fn fill(disk: &mut dyn Disk, bytes: u64) -> io::Result<()> {
+    remove_if_there(disk, PREPARE_TEMPORARY)?;
+    disk.create(PREPARE_TEMPORARY, 0)?;
+    let zeros = vec![0; ZEROS_AT_ONCE.min(bytes) as usize];
+    let mut at = 0;
+    while at < bytes {
+        let piece = (bytes - at).min(ZEROS_AT_ONCE);
+        let written =
+            disk.write(PREPARE_TEMPORARY, at, &zeros[..piece as usize]).and_then(|()| disk.sync(PREPARE_TEMPORARY));
+        if let Err(error) = written {
+            // A half-filled file would only take the room that is missing.
+            disk.remove(PREPARE_TEMPORARY)?;
+            return Err(error);
+        }
+        at += piece;
+    }
+    Ok(())
+}
+
+fn write_piece(disk: &mut dyn Disk, file: &str, offset: u64, bytes: &[u8], sync: bool) -> io::Result<()> {
+    if offset == 0 {
+        remove_if_there(disk, file)?;
+        disk.create(file, 0)?;
+    }
+    disk.write(file, offset, bytes)?;
+    if sync { disk.sync(file) } else { Ok(()) }
+}
+
+fn finish(disk: &mut dyn Disk, file: &str, offset: u64, bytes: &[u8], name: &str) -> io::Result<()> {
+    disk.write(file, offset, bytes)?;
+    disk.sync(file)?;
+    disk.rename(file, name)?;
+    disk.sync_folder()
+}
+
+fn remove_if_there(disk: &mut dyn Disk, name: &str) -> io::Result<()> {
+    match disk.remove(name) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

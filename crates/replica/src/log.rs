@@ -1,0 +1,836 @@
+//! The log: segments of zero-filled or recycled files that are overwritten, one write and one sync for all that waits.
+//!
+//! Promises. G1: what `flush` has returned for is found again by `open`, whole and in order, or `open` says that the folder is
+//! damaged and where. G2: nothing that a crash cut off or left behind a cut comes back. G3: `open` never goes on behind bytes
+//! that it only read: the tail after the last proven sync is copied to a fresh segment and synced there first, because bytes
+//! that were read may never have reached the disk.
+//! Not promised. A flip in the last batch, before a later record says that it was synced, looks like a torn write and is cut as one.
+//! Relies on. One owner of the folder at a time, and `disk.rs`.
+//!
+//! A segment's header proves that all of the segments before it were synced, because it is only written after that. Within a
+//! segment each record says how far it was known to be synced. A bad record is a torn tail unless a later one proves its place.
+//! Files are renamed and filled by jobs, ahead of time: on the path of a write there is one write and one sync, never a rename.
+//! While the next segment is not ready, the last one grows.
+
+use crate::disk::Disk;
+use crate::fault::{Fault, OpenError};
+use crate::identity::Identity;
+use crate::job::Job;
+use crate::record::{self, ALIGN, HEADER_BYTES, Header, HeaderError, Kind, Record};
+use bytes::Bytes;
+use raft::eraftpb::{ConfState, Entry, HardState};
+use std::collections::{BTreeSet, VecDeque};
+
+/// A log that is no longer than this is copied whole when it is opened, and its old segments go.
+const COPY_WHOLE_BYTES: usize = 256 << 10;
+/// Where to start reading an old entry from is noted this often.
+const MARK_EVERY_BYTES: u32 = 64 << 10;
+/// Old segments that wait to be used again. More are removed.
+const SPARES_MAX: usize = 2;
+
+pub(crate) fn segment_file(id: u64) -> String {
+    format!("log-{id:016x}")
+}
+
+fn spare_file(id: u64) -> String {
+    format!("spare-{id:016x}")
+}
+
+fn numbered(name: &str, prefix: &str) -> Option<u64> {
+    let digits = name.strip_prefix(prefix)?;
+    (digits.len() == 16).then(|| u64::from_str_radix(digits, 16).ok())?
+}
+
+/// Whether a log could have left a file of this name.
+pub(crate) fn is_ours(name: &str) -> bool {
+    numbered(name, "log-").is_some() || numbered(name, "spare-").is_some() || name == crate::job::PREPARE_TEMPORARY
+}
+
+/// Whether a file of the log holds any record of the folder that its header names.
+pub(crate) fn holds_records(disk: &mut dyn Disk, name: &str) -> Result<bool, OpenError> {
+    let Some(id) = numbered(name, "log-") else { return Ok(false) };
+    let data = read_file(disk, id)?;
+    Ok(Header::decode(&data).is_ok_and(|header| {
+        header.segment == id && record::record_at(&data, HEADER_BYTES, crc32c::crc32c(&header.storage), id).is_some()
+    }))
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub(crate) first_segment: u64,
+    pub(crate) segment: u64,
+}
+
+/// One file of the log.
+#[derive(Debug)]
+struct Segment {
+    id: u64,
+    /// The first entry that it or a later one can hold.
+    first_index: u64,
+    /// Bytes of the file.
+    len: u64,
+    /// Where its records end.
+    end: u32,
+    /// Index of the first entry of a record and the place of that record, every so often.
+    marks: Vec<(u64, u32)>,
+}
+
+/// The log as it stands: where the next record goes and what must be written before it.
+pub(crate) struct Log {
+    identity: Identity,
+    sizes: Sizes,
+    /// Oldest first; the last is written.
+    segments: VecDeque<Segment>,
+    /// How far the last segment is known to be synced.
+    synced: u32,
+    /// How far the last segment is proven to be synced by what is synced in it.
+    proven: u32,
+    /// What waits is a synced mark and nothing else.
+    marking: bool,
+    /// The next segment, ready to be written, and the length of its file.
+    prepared: Option<(u64, u64)>,
+    preparing: bool,
+    spares: BTreeSet<String>,
+    next_id: u64,
+    /// Room for a header, then the records that wait to be written.
+    pending: Vec<u8>,
+    starts: Vec<usize>,
+    /// The first entry of each waiting record of entries.
+    pending_entries: Vec<(usize, u64)>,
+    hard_state: HardState,
+    /// The commit index that is written.
+    durable_commit: u64,
+    conf: (u64, ConfState),
+    /// The last entry that is written, and with what waits.
+    last: (u64, u64),
+    pending_last: (u64, u64),
+    pub(crate) bytes_written: u64,
+    pub(crate) syncs: u64,
+}
+
+/// What the log held.
+#[derive(Debug, Default)]
+pub(crate) struct Recovered {
+    pub(crate) hard_state: HardState,
+    pub(crate) conf: (u64, ConfState),
+    /// The entry before the first, and its term.
+    pub(crate) before: (u64, u64),
+    pub(crate) entries: Vec<Entry>,
+    /// Where a torn tail was cut.
+    pub(crate) torn: Option<(String, u64)>,
+}
+
+impl Recovered {
+    pub(crate) fn last(&self) -> (u64, u64) {
+        self.entries.last().map_or(self.before, |e| (e.index, e.term))
+    }
+
+    fn term_of(&self, index: u64) -> u64 {
+        if index <= self.before.0 {
+            return self.before.1;
+        }
+        self.entries.get((index - self.before.0 - 1) as usize).map_or(0, |e| e.term)
+    }
+
+    fn truncate(&mut self, from: u64) {
+        let keep = from.saturating_sub(self.before.0 + 1) as usize;
+        self.entries.truncate(keep);
+    }
+
+    /// Repeats what writing this record meant. `None`: it does not follow from the ones before.
+    fn replay(&mut self, record: &Record) -> Option<()> {
+        match record.kind {
+            Kind::Entries => {
+                let (commit, entries) = record::take_entries(&record.body)?;
+                for entry in entries {
+                    self.push(entry)?;
+                }
+                self.hard_state.commit = self.hard_state.commit.max(commit);
+            }
+            Kind::HardState => {
+                let [term, vote, commit] = record::take_numbers(&record.body)?;
+                self.hard_state = HardState { term, vote, commit: commit.max(self.hard_state.commit) };
+            }
+            Kind::Truncate => {
+                let [from] = record::take_numbers(&record.body)?;
+                self.truncate(from);
+            }
+            Kind::Compact => {
+                let [index, term] = record::take_numbers(&record.body)?;
+                self.compact(index, term);
+            }
+            Kind::ConfState => self.conf = record::take_conf_state(&record.body)?,
+            Kind::Synced => {}
+        }
+        Some(())
+    }
+
+    fn push(&mut self, entry: Entry) -> Option<()> {
+        if entry.index <= self.before.0 {
+            // An older version of this segment's past; what counts of it is in the header or follows.
+            return Some(());
+        }
+        if entry.index <= self.last().0 {
+            self.truncate(entry.index);
+        }
+        if entry.index != self.last().0 + 1 {
+            return None;
+        }
+        self.entries.push(entry);
+        Some(())
+    }
+
+    fn compact(&mut self, index: u64, term: u64) {
+        if index <= self.before.0 {
+            return;
+        }
+        let gone = (index - self.before.0).min(self.entries.len() as u64) as usize;
+        self.entries.drain(..gone);
+        self.before = (index, term);
+    }
+}
+
+impl Log {
+    /// Makes the log of a new folder: one short segment with a header, synced.
+    pub(crate) fn create(
+        disk: &mut dyn Disk,
+        identity: &Identity,
+        sizes: Sizes,
+        conf: ConfState,
+    ) -> Result<Self, OpenError> {
+        let mut log = Self::empty(identity.clone(), sizes, 1);
+        log.conf = (0, conf);
+        log.begin(disk, (0, 0), (0, 0), &[])?;
+        Ok(log)
+    }
+
+    /// Reads the log of an existing folder and makes it fit to be continued. Entries up to `covered` are in a snapshot.
+    pub(crate) fn open(
+        disk: &mut dyn Disk,
+        identity: &Identity,
+        sizes: Sizes,
+        covered: u64,
+    ) -> Result<(Self, Recovered), OpenError> {
+        let files = Files::look(disk, identity)?;
+        let mut recovered = Recovered::default();
+        let mut segments = VecDeque::new();
+        let mut tail = Vec::new();
+        for (place, (id, header)) in files.chain.iter().enumerate() {
+            let closed = files.chain.get(place + 1).map(|(_, next)| next.previous_end);
+            if place == 0 {
+                recovered.hard_state = header.hard_state.clone();
+                recovered.conf = (header.conf_index, header.conf_state.clone());
+                recovered.before = (header.first_index.saturating_sub(1), header.before_term);
+            }
+            let read = read_segment(disk, identity, *id, header.first_index, closed, &mut recovered)?;
+            segments.push_back(read.segment);
+            tail = read.unproven;
+        }
+        files.check(&recovered, covered)?;
+        let mut log = Self::empty(identity.clone(), sizes, files.highest + 1);
+        let retired = log.go_on(disk, segments, &tail, &recovered)?;
+        log.tidy(disk, files, retired)?;
+        Ok((log, recovered))
+    }
+
+    fn empty(identity: Identity, sizes: Sizes, next_id: u64) -> Self {
+        Self {
+            identity,
+            sizes,
+            segments: VecDeque::new(),
+            synced: 0,
+            proven: 0,
+            marking: false,
+            prepared: None,
+            preparing: false,
+            spares: BTreeSet::new(),
+            next_id,
+            pending: vec![0; HEADER_BYTES],
+            starts: Vec::new(),
+            pending_entries: Vec::new(),
+            hard_state: HardState::default(),
+            durable_commit: 0,
+            conf: (0, ConfState::default()),
+            last: (0, 0),
+            pending_last: (0, 0),
+            bytes_written: 0,
+            syncs: 0,
+        }
+    }
+
+    /// Starts a fresh segment behind what was read, with the tail that is not known to be on disk, or with everything if that is
+    /// little. Gives the old segments that are not needed any more.
+    fn go_on(
+        &mut self,
+        disk: &mut dyn Disk,
+        segments: VecDeque<Segment>,
+        tail: &[Record],
+        recovered: &Recovered,
+    ) -> Result<Vec<u64>, OpenError> {
+        self.hard_state = recovered.hard_state.clone();
+        self.durable_commit = recovered.hard_state.commit;
+        self.conf = recovered.conf.clone();
+        self.last = recovered.last();
+        self.pending_last = self.last;
+        let bytes: usize = recovered.entries.iter().map(|e| e.data.len() + e.context.len() + 32).sum();
+        if bytes <= COPY_WHOLE_BYTES {
+            let mut body = Vec::new();
+            record::put_entries(&mut body, recovered.hard_state.commit, &recovered.entries);
+            let whole = Record { kind: Kind::Entries, synced: 0, body: body.into() };
+            self.begin(disk, (0, 0), recovered.before, &[whole])?;
+            return Ok(segments.iter().map(|s| s.id).collect());
+        }
+        let previous = segments.back().map_or((0, 0), |s| (s.id, s.end));
+        let first = tail.iter().filter_map(first_entry).min().unwrap_or(self.last.0 + 1).max(recovered.before.0 + 1);
+        let before = (first - 1, recovered.term_of(first - 1));
+        self.segments = segments;
+        self.begin(disk, previous, before, tail)?;
+        Ok(Vec::new())
+    }
+
+    /// Makes a segment that holds `records`, and only when they are synced the header that makes it count.
+    fn begin(
+        &mut self,
+        disk: &mut dyn Disk,
+        previous: (u64, u32),
+        before: (u64, u64),
+        records: &[Record],
+    ) -> Result<(), OpenError> {
+        let id = self.next_id;
+        let file = segment_file(id);
+        let io = |doing| {
+            let file = file.clone();
+            move |error| OpenError::Io { doing, file, error }
+        };
+        self.next_id += 1;
+        for r in records {
+            self.put(r.kind, |out| out.extend_from_slice(&r.body));
+        }
+        self.seal_pending(id, HEADER_BYTES as u32, 0);
+        disk.create(&file, self.sizes.first_segment).map_err(io("create"))?;
+        disk.write(&file, HEADER_BYTES as u64, &self.pending[HEADER_BYTES..]).map_err(io("write"))?;
+        disk.sync(&file).map_err(io("sync"))?;
+        let header = self.header(id, previous, before);
+        disk.write(&file, 0, &header.encode()).map_err(io("write"))?;
+        disk.sync(&file).map_err(io("sync"))?;
+        disk.sync_folder().map_err(io("sync the folder of"))?;
+        let end = self.pending.len() as u32;
+        let mut segment = Segment {
+            id,
+            first_index: before.0 + 1,
+            len: self.sizes.first_segment.max(u64::from(end)),
+            end,
+            marks: Vec::new(),
+        };
+        if let Some(first) = records.iter().find_map(first_entry) {
+            segment.marks.push((first, HEADER_BYTES as u32));
+        }
+        self.segments.push_back(segment);
+        self.synced = end;
+        self.proven = 0;
+        self.clear_pending();
+        Ok(())
+    }
+
+    fn header(&self, id: u64, previous: (u64, u32), before: (u64, u64)) -> Header {
+        Header {
+            cluster: self.identity.cluster_mark(),
+            member: self.identity.member,
+            storage: self.identity.storage,
+            segment: id,
+            previous: previous.0,
+            previous_end: previous.1,
+            // Not the commit index of what waits: that could be torn while the header is whole.
+            hard_state: HardState { commit: self.durable_commit, ..self.hard_state.clone() },
+            first_index: before.0 + 1,
+            before_term: before.1,
+            conf_index: self.conf.0,
+            conf_state: self.conf.1.clone(),
+        }
+    }
+
+    /// Brings the folder in order: what a crash or an earlier life left becomes spare or goes.
+    fn tidy(&mut self, disk: &mut dyn Disk, files: Files, retired: Vec<u64>) -> Result<(), OpenError> {
+        let io = |doing, file: &str| {
+            let file = file.to_owned();
+            move |error| OpenError::Io { doing, file, error }
+        };
+        let mut changed = false;
+        for id in files.unused.into_iter().chain(retired) {
+            let (name, spare) = (segment_file(id), spare_file(id));
+            changed = true;
+            if self.spares.len() < SPARES_MAX && disk.len(&name).map_err(io("measure", &name))? == self.sizes.segment {
+                disk.rename(&name, &spare).map_err(io("rename", &name))?;
+                self.spares.insert(spare);
+            } else {
+                disk.remove(&name).map_err(io("remove", &name))?;
+            }
+        }
+        for spare in files.spares {
+            if self.spares.len() < SPARES_MAX && disk.len(&spare).map_err(io("measure", &spare))? == self.sizes.segment
+            {
+                self.spares.insert(spare);
+            } else {
+                changed = true;
+                disk.remove(&spare).map_err(io("remove", &spare))?;
+            }
+        }
+        if changed {
+            disk.sync_folder().map_err(io("sync the folder of", "the log"))?;
+        }
+        Ok(())
+    }
+
+    // What is to be written. Nothing of it counts before `flush` has returned.
+
+    pub(crate) fn entries(&mut self, entries: &[Entry]) {
+        let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return };
+        let commit = self.hard_state.commit;
+        self.pending_entries.push((self.pending.len(), first.index));
+        self.put(Kind::Entries, |out| record::put_entries(out, commit, entries));
+        self.pending_last = (last.index, last.term);
+    }
+
+    pub(crate) fn hard_state(&mut self, hard_state: &HardState) {
+        self.hard_state = hard_state.clone();
+        self.put(Kind::HardState, |out| {
+            record::put_numbers(out, &[hard_state.term, hard_state.vote, hard_state.commit])
+        });
+    }
+
+    /// The commit index goes with the next record of entries: losing it costs nothing.
+    pub(crate) fn commit(&mut self, index: u64) {
+        self.hard_state.commit = self.hard_state.commit.max(index);
+    }
+
+    pub(crate) fn conf_state(&mut self, index: u64, conf: &ConfState) {
+        self.conf = (index, conf.clone());
+        self.put(Kind::ConfState, |out| record::put_conf_state(out, index, conf));
+    }
+
+    pub(crate) fn compact(&mut self, index: u64, term: u64) {
+        self.put(Kind::Compact, |out| record::put_numbers(out, &[index, term]));
+    }
+
+    /// Whether the last batch is on disk without a word there that says so.
+    pub(crate) fn wants_mark(&self) -> bool {
+        self.proven < self.synced && self.starts.is_empty()
+    }
+
+    pub(crate) fn synced_mark(&mut self) {
+        self.marking = self.starts.is_empty();
+        self.put(Kind::Synced, |_| {});
+    }
+
+    fn put(&mut self, kind: Kind, body: impl FnOnce(&mut Vec<u8>)) {
+        self.marking &= kind == Kind::Synced;
+        let start = record::put_record(&mut self.pending, kind, body);
+        self.starts.push(start);
+    }
+
+    /// Writes and syncs all that waits: one write, one sync. After an error the member must stop: nothing is known of the bytes.
+    pub(crate) fn flush(&mut self, disk: &mut dyn Disk) -> Result<bool, Fault> {
+        if self.starts.is_empty() {
+            return Ok(false);
+        }
+        let start = match self.rotation() {
+            Some(next) => self.rotate(next),
+            None => self.end(),
+        };
+        let segment = self.segments.back_mut().expect("a log has a segment from its making on");
+        let (id, fresh) = (segment.id, start == 0);
+        let first_record = if fresh { HEADER_BYTES as u32 } else { start };
+        let proof = self.synced;
+        self.seal_pending(id, first_record, proof);
+        let bytes = if fresh { &self.pending[..] } else { &self.pending[HEADER_BYTES..] };
+        let file = segment_file(id);
+        disk.write(&file, u64::from(start), bytes).map_err(|error| Fault::Disk {
+            doing: "write",
+            file: file.clone(),
+            error,
+        })?;
+        disk.sync(&file).map_err(|error| Fault::Disk { doing: "sync", file, error })?;
+        self.bytes_written += bytes.len() as u64;
+        self.syncs += 1;
+        let end = start + bytes.len() as u32;
+        self.note_written(first_record, end);
+        // A mark alone holds nothing that would have to be proven by another.
+        self.proven = if std::mem::take(&mut self.marking) { end } else { proof };
+        self.synced = end;
+        self.durable_commit = self.hard_state.commit;
+        self.last = self.pending_last;
+        self.clear_pending();
+        Ok(true)
+    }
+
+    fn note_written(&mut self, first_record: u32, end: u32) {
+        let segment = self.segments.back_mut().expect("a log has a segment from its making on");
+        segment.end = end;
+        segment.len = segment.len.max(u64::from(end));
+        for &(at, index) in &self.pending_entries {
+            let offset = first_record + (at - HEADER_BYTES) as u32;
+            if segment.marks.last().is_none_or(|&(_, last)| offset - last >= MARK_EVERY_BYTES) {
+                segment.marks.push((index, offset));
+            }
+        }
+    }
+
+    fn seal_pending(&mut self, id: u64, first_record: u32, synced: u32) {
+        let seed = self.identity.seed();
+        for &start in &self.starts {
+            let offset = first_record + (start - HEADER_BYTES) as u32;
+            record::seal(&mut self.pending[start..], seed, id, offset, synced);
+        }
+    }
+
+    fn clear_pending(&mut self) {
+        self.pending.truncate(HEADER_BYTES);
+        // A batch of the largest entries must not stay allocated for ever.
+        self.pending.shrink_to(4 << 20);
+        self.starts.clear();
+        self.pending_entries.clear();
+    }
+
+    fn end(&self) -> u32 {
+        self.segments.back().map_or(0, |s| s.end)
+    }
+
+    /// The prepared segment, if what waits belongs there.
+    fn rotation(&mut self) -> Option<(u64, u64)> {
+        let segment = self.segments.back()?;
+        let fits = u64::from(segment.end) + (self.pending.len() - HEADER_BYTES) as u64 <= segment.len;
+        // Entries that replace older ones stay in the segment of those, so that the header can name the entry before.
+        let replaces = self.pending_entries.iter().any(|&(_, first)| first <= self.last.0);
+        if fits || replaces { None } else { self.prepared.take() }
+    }
+
+    /// Goes over to the next segment; its header leaves in the same write as what waits. Everything before is synced already.
+    fn rotate(&mut self, (id, len): (u64, u64)) -> u32 {
+        let previous = self.segments.back().map_or((0, 0), |s| (s.id, s.end));
+        let header = self.header(id, previous, self.last).encode();
+        self.pending[..HEADER_BYTES].copy_from_slice(&header);
+        self.segments.push_back(Segment {
+            id,
+            first_index: self.last.0 + 1,
+            len,
+            end: HEADER_BYTES as u32,
+            marks: Vec::new(),
+        });
+        self.synced = 0;
+        self.proven = 0;
+        0
+    }
+
+    // What jobs do for it.
+
+    /// The job that gets the next segment ready, when the last is half full and none is.
+    pub(crate) fn prepare(&mut self) -> Option<Job> {
+        let segment = self.segments.back()?;
+        if self.preparing || self.prepared.is_some() || u64::from(segment.end) * 2 < segment.len {
+            return None;
+        }
+        self.preparing = true;
+        let id = self.next_id;
+        self.next_id += 1;
+        Some(Job::PrepareSegment { id, bytes: self.sizes.segment, spare: self.spares.pop_first() })
+    }
+
+    /// A failed job is tried again under another number.
+    pub(crate) fn prepared(&mut self, id: u64, bytes: u64, done: bool) {
+        self.preparing = false;
+        if done {
+            self.prepared = Some((id, bytes));
+        }
+    }
+
+    /// The jobs that put away segments of which no entry from `keep_from` on is needed, oldest first.
+    pub(crate) fn release(&mut self, keep_from: u64) -> Vec<Job> {
+        let mut jobs = Vec::new();
+        let mut spares = self.spares.len() + usize::from(self.prepared.is_some());
+        while self.segments.get(1).is_some_and(|next| next.first_index <= keep_from) {
+            let Some(segment) = self.segments.pop_front() else { break };
+            let name = segment_file(segment.id);
+            if spares < SPARES_MAX && segment.len == self.sizes.segment {
+                spares += 1;
+                jobs.push(Job::Retire { name, spare: spare_file(segment.id) });
+            } else {
+                jobs.push(Job::Remove { name });
+            }
+        }
+        jobs
+    }
+
+    pub(crate) fn retired(&mut self, spare: String) {
+        self.spares.insert(spare);
+    }
+
+    pub(crate) fn segments(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// Bytes of the segments that hold records, and of the one that is ready.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.segments.iter().map(|s| s.len).sum::<u64>() + self.prepared.map_or(0, |(_, len)| len)
+    }
+
+    /// What can be written before a file has to grow.
+    pub(crate) fn room(&self) -> u64 {
+        let last = self.segments.back().map_or(0, |s| s.len - u64::from(s.end));
+        last + self.prepared.map_or(0, |(_, len)| len)
+    }
+
+    /// Reads entries from `low` up to and without `high` back, as long as the disk has them in the term that the log says.
+    pub(crate) fn read(
+        &self,
+        disk: &mut dyn Disk,
+        low: u64,
+        high: u64,
+        max_bytes: usize,
+        term_of: impl Fn(u64) -> Option<u64>,
+    ) -> Result<Vec<Entry>, Fault> {
+        let (mut entries, mut bytes) = (Vec::new(), 0);
+        for (segment, from) in self.from_mark(low) {
+            let file = segment_file(segment.id);
+            let data = disk.read(&file, 0, segment.end as usize).map_err(|error| Fault::Disk {
+                doing: "read",
+                file: file.clone(),
+                error,
+            })?;
+            let data = Bytes::from(data);
+            let mut at = from as usize;
+            while at < segment.end as usize {
+                let record =
+                    record::record_at(&data, at, self.identity.seed(), segment.id).ok_or_else(|| Fault::Damaged {
+                        file: file.clone(),
+                        offset: at as u64,
+                        why: "a record that was written is not there any more".to_owned(),
+                    })?;
+                at += record::record_bytes(record.body.len());
+                if record.kind != Kind::Entries {
+                    continue;
+                }
+                for e in record::take_entries(&record.body).map_or_else(Vec::new, |(_, entries)| entries) {
+                    let next = low + entries.len() as u64;
+                    if e.index != next || term_of(next) != Some(e.term) {
+                        continue;
+                    }
+                    bytes += e.data.len();
+                    if next >= high || (bytes > max_bytes && !entries.is_empty()) {
+                        return Ok(entries);
+                    }
+                    entries.push(e);
+                }
+            }
+        }
+        Ok(entries)
+    }
+
+    /// The segments to read, and from where, to find `index`: from the last noted record that begins at or before it.
+    fn from_mark(&self, index: u64) -> impl Iterator<Item = (&Segment, u32)> {
+        let found = self.segments.iter().enumerate().rev().find_map(|(place, s)| {
+            let mark = s.marks.iter().rev().find(|&&(first, _)| first <= index)?;
+            Some((place, mark.1))
+        });
+        let (place, offset) = found.unwrap_or((0, HEADER_BYTES as u32));
+        let later = self.segments.iter().enumerate().skip(place);
+        later.map(move |(p, s)| (s, if p == place { offset } else { HEADER_BYTES as u32 }))
+    }
+}
+
+fn first_entry(record: &Record) -> Option<u64> {
+    (record.kind == Kind::Entries && record.body.len() >= 16).then(|| record::le_u64(&record.body, 8))
+}
+
+/// The files of a log, sorted out by their headers.
+struct Files {
+    /// Oldest first, each the one before the next.
+    chain: Vec<(u64, Header)>,
+    /// Not part of it, and without anything that counts.
+    unused: Vec<u64>,
+    spares: Vec<String>,
+    highest: u64,
+}
+
+impl Files {
+    fn look(disk: &mut dyn Disk, identity: &Identity) -> Result<Self, OpenError> {
+        let io = |doing, file: &str| {
+            let file = file.to_owned();
+            move |error| OpenError::Io { doing, file, error }
+        };
+        let names = disk.list().map_err(io("list", "."))?;
+        let mut ids: Vec<u64> = names.iter().filter_map(|n| numbered(n, "log-")).collect();
+        ids.sort_unstable();
+        let spares: Vec<String> = names.iter().filter(|n| numbered(n, "spare-").is_some()).cloned().collect();
+        let highest_spare = spares.iter().filter_map(|n| numbered(n, "spare-")).max().unwrap_or(0);
+        let mut headers = Vec::new();
+        for &id in &ids {
+            let file = segment_file(id);
+            let bytes = disk.read(&file, 0, HEADER_BYTES).map_err(io("read", &file))?;
+            headers.push((id, read_header(&bytes.into(), id, identity)?));
+        }
+        let (chain, unused) = chain_of(headers)?;
+        let newest = chain.last().map_or(0, |(id, _)| *id);
+        for &id in unused.iter().filter(|&&id| id > newest) {
+            check_unused(disk, identity, id)?;
+        }
+        Ok(Self { chain, unused, spares, highest: ids.last().copied().unwrap_or(0).max(highest_spare) })
+    }
+
+    /// What was read must reach from the snapshot to the commit index.
+    fn check(&self, recovered: &Recovered, covered: u64) -> Result<(), OpenError> {
+        let damaged = |why: String| {
+            let file = self.chain.first().map_or_else(String::new, |(id, _)| segment_file(*id));
+            Err(OpenError::Damaged { file, offset: 0, why })
+        };
+        if recovered.before.0 > covered {
+            return damaged(format!(
+                "the log begins at entry {}, but the snapshot ends at {covered}",
+                recovered.before.0 + 1
+            ));
+        }
+        let (last, _) = recovered.last();
+        if recovered.hard_state.commit > last {
+            return damaged(format!(
+                "entries up to {} were committed, the log ends at {last}",
+                recovered.hard_state.commit
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// `None`: no header of this segment in this folder.
+fn read_header(bytes: &Bytes, id: u64, identity: &Identity) -> Result<Option<Header>, OpenError> {
+    let file = segment_file(id);
+    match Header::decode(bytes) {
+        Ok(header) if header.segment != id => Ok(None),
+        Ok(header) if header.storage != identity.storage || header.member != identity.member => {
+            Err(OpenError::OtherFormat { file, why: "it belongs to the folder of another member".to_owned() })
+        }
+        Ok(header) => Ok(Some(header)),
+        Err(HeaderError::None) => Ok(None),
+        Err(HeaderError::Format(found)) => Err(OpenError::OtherFormat {
+            file,
+            why: format!("format {found}, this release reads format {}", record::FORMAT),
+        }),
+    }
+}
+
+/// The newest segment and, through what each says of the one before, all that it continues.
+#[expect(clippy::type_complexity, reason = "two lists of one caller")]
+fn chain_of(mut headers: Vec<(u64, Option<Header>)>) -> Result<(Vec<(u64, Header)>, Vec<u64>), OpenError> {
+    let mut chain = Vec::new();
+    let mut unused = Vec::new();
+    let mut wanted = None;
+    while let Some((id, header)) = headers.pop() {
+        if wanted.is_some_and(|w| w != id) {
+            unused.push(id);
+            continue;
+        }
+        match header {
+            Some(header) => {
+                // Zero is no segment, so a segment that needs none before it makes all others unused.
+                wanted = Some(header.previous);
+                chain.push((id, header));
+            }
+            None if wanted.is_none() => unused.push(id),
+            None => {
+                let why = "its header is not there, and a later segment continues it".to_owned();
+                return Err(OpenError::Damaged { file: segment_file(id), offset: 0, why });
+            }
+        }
+    }
+    if chain.is_empty() {
+        let why = "no segment of the log is left".to_owned();
+        return Err(OpenError::Damaged { file: crate::identity::FILE.to_owned(), offset: 0, why });
+    }
+    chain.reverse();
+    unused.reverse();
+    Ok((chain, unused))
+}
+
+/// A segment without a header was never used, or was torn at its first write; or its header was damaged later, which a record
+/// in it gives away.
+fn check_unused(disk: &mut dyn Disk, identity: &Identity, id: u64) -> Result<(), OpenError> {
+    let data = read_file(disk, id)?;
+    match proof_after(&data, 0, identity, id) {
+        0 => Ok(()),
+        _ => Err(OpenError::Damaged {
+            file: segment_file(id),
+            offset: 0,
+            why: "its header was synced and is not there any more".to_owned(),
+        }),
+    }
+}
+
+fn read_file(disk: &mut dyn Disk, id: u64) -> Result<Bytes, OpenError> {
+    let file = segment_file(id);
+    let io = |error| OpenError::Io { doing: "read", file: file.clone(), error };
+    let len = disk.len(&file).map_err(io)?;
+    Ok(disk.read(&file, 0, len as usize).map_err(io)?.into())
+}
+
+/// How far records at or behind `from` say that this segment was synced.
+fn proof_after(data: &Bytes, from: usize, identity: &Identity, id: u64) -> u32 {
+    let places = (from.next_multiple_of(ALIGN).max(HEADER_BYTES)..data.len()).step_by(ALIGN);
+    places.filter_map(|at| record::record_at(data, at, identity.seed(), id)).map(|r| r.synced).max().unwrap_or(0)
+}
+
+struct ReadSegment {
+    segment: Segment,
+    /// The records of which no later one says that they were synced.
+    unproven: Vec<Record>,
+}
+
+/// Replays one segment. `closed` is where the next one says that it ends; without that it ends at the first bad record.
+fn read_segment(
+    disk: &mut dyn Disk,
+    identity: &Identity,
+    id: u64,
+    first_index: u64,
+    closed: Option<u32>,
+    recovered: &mut Recovered,
+) -> Result<ReadSegment, OpenError> {
+    let data = read_file(disk, id)?;
+    let damaged =
+        |at: usize, why: &str| OpenError::Damaged { file: segment_file(id), offset: at as u64, why: why.to_owned() };
+    let mut at = HEADER_BYTES;
+    let mut records: Vec<(usize, Record)> = Vec::new();
+    let mut proven = HEADER_BYTES;
+    let mut marks: Vec<(u64, u32)> = Vec::new();
+    while closed.is_none_or(|end| at < end as usize) {
+        let Some(record) = record::record_at(&data, at, identity.seed(), id) else { break };
+        recovered.replay(&record).ok_or_else(|| damaged(at, "this record does not follow from the ones before it"))?;
+        if let Some(first) = first_entry(&record)
+            && marks.last().is_none_or(|&(_, last)| at as u32 - last >= MARK_EVERY_BYTES)
+        {
+            marks.push((first, at as u32));
+        }
+        proven = proven.max(record.synced as usize);
+        let next = at + record::record_bytes(record.body.len());
+        if closed.is_none() {
+            records.push((at, record));
+        }
+        at = next;
+    }
+    match closed {
+        Some(end) if at != end as usize => return Err(damaged(at, "a record that was synced is not there any more")),
+        Some(_) => {}
+        None => {
+            if proof_after(&data, at, identity, id) as usize > at {
+                return Err(damaged(at, "a record that was synced, as a later one says, is not there any more"));
+            }
+            recovered.torn = torn(&data, at, id).then(|| (segment_file(id), at as u64));
+        }
+    }
+    let unproven: Vec<Record> = records.into_iter().filter(|(at, _)| *at >= proven).map(|(_, r)| r).collect();
+    let end = if closed.is_some() { at } else { proven };
+    marks.retain(|&(_, offset)| (offset as usize) < end);
+    let segment = Segment { id, first_index, len: data.len() as u64, end: end as u32, marks };
+    Ok(ReadSegment { segment, unproven })
+}
+
+/// Whether something of this life of the file stands where its records end: a write that a crash cut.
+fn torn(data: &Bytes, at: usize, id: u64) -> bool {
+    data.get(at..at + record::RECORD_HEADER).is_some_and(|header| record::le_u64(header, 8) == id)
+}

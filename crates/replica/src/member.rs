@@ -1,0 +1,1294 @@
+//! One member: what comes in, one round of work, what goes out.
+//!
+//! Promises. E1: a transaction is answered `Done` only when its entry is committed, synced here and applied; changes of an entry are in
+//! `Effects` with or before its answers. E2: a read is `ReadReady` only when all that was answered before it came is applied,
+//! confirmed by a round of heartbeats that began after it. E3: nothing is answered before an entry of the leader's own term is
+//! applied. E4: a failed write or sync of the log is the end of this member. E5: a lone member that leads does all of a write in one poll,
+//! with one write and one sync for everything that waited.
+//! Not promised. Membership changes and sending snapshots to others; a lagging member is caught up from the log.
+//!
+//! One function, `handle_ready`, does what the consensus library asks; it syncs before it lets any message out, so a member never says
+//! what a crash could make untrue, and a sole voter that leads before its vote is on disk tells nobody.
+
+use crate::clock::{Clock, Millis};
+use crate::config::Config;
+use crate::disk::Disk;
+use crate::effects::{Alarm, Answer, Effects, Refusal, Renewal, Role, Status};
+use crate::fault::{Fault, OpenError};
+use crate::identity::{self, Identity};
+use crate::job::{Job, JobDone};
+use crate::log::{self, Log, Recovered, Sizes};
+use crate::sessions::{Deadlines, Due, Renewing, Told};
+use crate::snapshot::{self, LoadError};
+use crate::store::Store;
+use protobuf::Message as _;
+use raft::eraftpb::{ConfChange, ConfChangeV2, ConfState, Entry, EntryType, Message};
+use raft::{RawNode, StateRole};
+use raft_proto::ConfChangeI;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use tenure_machine::{
+    Applied, Batch, Index, LogTime, Machine, MemberId, Op, Origin, Position, Rejection, SessionEvent, SessionId, Term,
+    Ticket, Txn,
+};
+
+/// Numbers of reads and renewals, so that those of transactions stay without gaps in a batch.
+const READ_NUMBERS: u64 = 1 << 63;
+/// Expiries and checkpoints of one poll: they share the log with foreground work.
+const DUE_MAX: usize = 256;
+/// The log is quiet after this long, and gets its synced mark.
+const QUIET_MS: u64 = 200;
+/// Log time is stamped this often while a deadline is near, and otherwise.
+const STAMP_NEAR_MS: u64 = 5_000;
+const STAMP_FAR_MS: u64 = 300_000;
+const NEAR_MS: u64 = 3_600_000;
+const COMPACT_EVERY_MS: u64 = 10_000;
+const DISK_EVERY_MS: u64 = 1_000;
+/// Failed jobs are tried again after this long.
+const RETRY_MS: u64 = 5_000;
+/// Changes given back by one slice of physical compaction.
+const MAINTAIN_BUDGET: usize = 1_000;
+/// Applied entries kept in memory for the other members of a group.
+const CACHE_BYTES: usize = 8 << 20;
+const MESSAGE_BYTES: u64 = 1 << 20;
+/// Messages that wait for a poll; more are dropped, which they allow for.
+const INBOX_MAX: usize = 4_096;
+/// Pieces of a snapshot that are under way, and that one poll adds.
+const SNAPSHOT_JOBS_MAX: usize = 4;
+const SNAPSHOT_BLOCKS_PER_POLL: usize = 2;
+const SNAPSHOT_SYNC_BYTES: u64 = 4 << 20;
+const SNAPSHOTS_KEPT: usize = 2;
+/// A log of more files than this is due for a snapshot, however short it is.
+const SEGMENTS_MAX: usize = 24;
+
+pub struct Member<D: Disk> {
+    disk: D,
+    config: Config,
+    identity: Identity,
+    log: Log,
+    raft: RawNode<Store>,
+    machine: Machine,
+    clock: Clock,
+    lead: Option<Lead>,
+    leader_changes: u64,
+
+    /// Transactions for the next poll, with their sizes; they have the numbers before `next_number`.
+    queue: VecDeque<(Txn, usize)>,
+    queue_bytes: usize,
+    next_number: u64,
+    /// Callers of transactions that have no answer yet.
+    waiting: BTreeSet<u64>,
+    proposed: VecDeque<Proposed>,
+    inbox: VecDeque<Message>,
+
+    next_read: u64,
+    asked: Round,
+    rounds: BTreeMap<u64, Round>,
+    /// Rounds that are confirmed up to an index, and wait for it to be applied.
+    confirmed: Vec<(u64, Round)>,
+    /// Refusals of calls that only give a ticket.
+    refused: Vec<(Ticket, Refusal)>,
+    deadlines: Deadlines,
+
+    applied: Applied,
+    snapshots: Snapshots,
+    wrote_at: u64,
+    compact_at: u64,
+    disk_at: u64,
+    retry_at: u64,
+    free_bytes: u64,
+    alarms: Vec<Alarm>,
+    stopping: bool,
+    faulty: bool,
+}
+
+/// What a leader knows about its own term.
+struct Lead {
+    term: u64,
+    /// Log time at promotion, and the member's time then.
+    base: LogTime,
+    since: u64,
+    /// The newest stamp that it put into the log.
+    stamped: LogTime,
+    /// An entry of this term is applied.
+    serving: bool,
+    genesis: bool,
+}
+
+impl Lead {
+    fn stamp(&self, elapsed: u64) -> LogTime {
+        self.base.plus(elapsed - self.since)
+    }
+
+    /// When the member's clock will be at a log time.
+    fn moment(&self, stamp: LogTime) -> u64 {
+        self.since.saturating_add(stamp.0.saturating_sub(self.base.0))
+    }
+}
+
+/// An entry of our own that is not applied yet. The batch is kept so that it need not be decoded again.
+struct Proposed {
+    index: u64,
+    term: u64,
+    first: u64,
+    count: u64,
+    batch: Batch,
+}
+
+/// Calls that share one read-index round.
+#[derive(Default)]
+struct Round {
+    reads: Vec<Ticket>,
+    renewals: Vec<(SessionId, Ticket)>,
+}
+
+impl Round {
+    fn is_empty(&self) -> bool {
+        self.reads.is_empty() && self.renewals.is_empty()
+    }
+
+    fn tickets(self) -> impl Iterator<Item = Ticket> {
+        self.reads.into_iter().chain(self.renewals.into_iter().map(|(_, ticket)| ticket))
+    }
+}
+
+#[derive(Default)]
+struct Snapshots {
+    /// Oldest first: index and bytes.
+    files: Vec<(u64, u64)>,
+    /// Files that were not fit to be loaded.
+    damaged: Vec<String>,
+    writing: Option<Writing>,
+    number: u64,
+    /// Bytes of log since the newest began.
+    log_bytes: u64,
+}
+
+struct Writing {
+    /// Tells its jobs from those of an attempt that was given up.
+    number: u64,
+    writer: snapshot::Writer,
+    jobs: usize,
+    synced_to: u64,
+    /// The machine has given all its blocks.
+    complete: bool,
+    log_bytes: u64,
+}
+
+impl<D: Disk> Member<D> {
+    /// Opens the folder, or makes it, and brings the state to where the log says that it is committed.
+    pub fn open(mut disk: D, config: Config, now: Millis) -> Result<Self, OpenError> {
+        config.check().map_err(|why| OpenError::Config { why })?;
+        let sizes = Sizes { first_segment: config.first_segment_bytes, segment: config.segment_bytes };
+        let names = disk.list().map_err(|error| OpenError::Io { doing: "list", file: ".".to_owned(), error })?;
+        let mut alarms = Vec::new();
+        let opened = if names.iter().any(|n| n == identity::FILE) {
+            open_folder(&mut disk, &config, sizes, &names, &mut alarms)?
+        } else {
+            make_folder(&mut disk, &config, sizes, &names)?
+        };
+        Self::start(disk, config, opened, alarms, now)
+    }
+
+    fn start(disk: D, config: Config, opened: Opened, alarms: Vec<Alarm>, now: Millis) -> Result<Self, OpenError> {
+        let Opened { identity, log, mut recovered, mut machine, snapshots } = opened;
+        let covered = machine.position().index.0;
+        recovered.hard_state.commit = recovered.hard_state.commit.max(covered).max(recovered.conf.0);
+        let applied = replay(&mut machine, &recovered)?;
+        machine.set_memory_limits(config.memory);
+        let since = recovered.entries.iter().filter(|e| e.index > covered);
+        let log_bytes = since.map(|e| e.data.len() as u64 + 64).sum();
+        let mut store = Store::new(recovered.hard_state, recovered.conf.1, recovered.before, recovered.entries);
+        store.trim(applied, CACHE_BYTES);
+        let raft = consensus(&config, store, applied)?;
+        let clock = Clock::new(now, config.tick_ms, config.election_ms());
+        let free_bytes = u64::MAX;
+        Ok(Self {
+            disk,
+            identity,
+            log,
+            raft,
+            machine,
+            clock,
+            lead: None,
+            leader_changes: 0,
+            queue: VecDeque::new(),
+            queue_bytes: 0,
+            next_number: 1,
+            waiting: BTreeSet::new(),
+            proposed: VecDeque::new(),
+            inbox: VecDeque::new(),
+            next_read: READ_NUMBERS,
+            asked: Round::default(),
+            rounds: BTreeMap::new(),
+            confirmed: Vec::new(),
+            refused: Vec::new(),
+            deadlines: Deadlines::default(),
+            applied: Applied::default(),
+            snapshots: Snapshots { log_bytes, ..snapshots },
+            wrote_at: 0,
+            compact_at: COMPACT_EVERY_MS,
+            disk_at: 0,
+            retry_at: 0,
+            free_bytes,
+            alarms,
+            stopping: false,
+            faulty: false,
+            config,
+        })
+    }
+
+    // What comes in.
+
+    /// Takes a transaction for the next poll. Its answer comes with the ticket, for a wait possibly much later.
+    pub fn submit(&mut self, txn: Txn) -> Result<Ticket, Refusal> {
+        let bytes = weight(&txn);
+        self.may_submit(&txn, bytes)?;
+        let number = self.enqueue(txn, bytes);
+        self.waiting.insert(number);
+        Ok(self.ticket(number))
+    }
+
+    fn may_submit(&self, txn: &Txn, bytes: usize) -> Result<(), Refusal> {
+        self.may_ask()?;
+        if bytes > self.config.max_request_bytes {
+            return Err(Refusal::TooLarge { bytes, max: self.config.max_request_bytes });
+        }
+        if self.queue.len() >= self.config.max_queued || self.queue_bytes + bytes > self.config.max_queued_bytes {
+            return Err(Refusal::Overloaded);
+        }
+        self.machine.admit(txn).map_err(Refusal::Memory)?;
+        if self.disk_full()
+            && !(only_frees(txn)
+                && self.free_bytes.saturating_add(self.log.room()) > 2 * self.queue_bytes as u64 + (4 << 20))
+        {
+            return Err(Refusal::DiskFull);
+        }
+        Ok(())
+    }
+
+    fn may_ask(&self) -> Result<(), Refusal> {
+        if self.stopping || self.faulty {
+            return Err(Refusal::Stopping);
+        }
+        if self.lead.is_some() {
+            return Ok(());
+        }
+        Err(self.no_leader())
+    }
+
+    fn no_leader(&self) -> Refusal {
+        match self.raft.raft.leader_id {
+            leader if leader == raft::INVALID_ID || leader == self.config.member.0 => Refusal::NoQuorum,
+            leader => Refusal::NotLeader { leader: MemberId(leader) },
+        }
+    }
+
+    /// A linearizable read: `ReadReady` comes when `machine` may be asked.
+    pub fn read(&mut self) -> Result<Ticket, Refusal> {
+        self.may_ask()?;
+        if self.asked.reads.len() >= self.config.max_queued {
+            return Err(Refusal::Overloaded);
+        }
+        let ticket = self.read_ticket();
+        self.asked.reads.push(ticket);
+        Ok(ticket)
+    }
+
+    /// Whether `machine` may be asked right now with the promise of `read`: a sole voter that leads decides alone, and what it
+    /// answered is applied.
+    pub fn reads_now(&self) -> bool {
+        !self.faulty && self.alone() && self.lead.as_ref().is_some_and(|l| l.serving)
+    }
+
+    /// A keep-alive. Its answer comes when the session is known to be alive after this call.
+    pub fn renew(&mut self, session: SessionId) -> Ticket {
+        let ticket = self.read_ticket();
+        match self.may_ask() {
+            Ok(()) if self.asked.renewals.len() >= 8 * self.config.max_queued => {
+                self.refused.push((ticket, Refusal::Overloaded))
+            }
+            Ok(()) => self.asked.renewals.push((session, ticket)),
+            Err(refusal) => self.refused.push((ticket, refusal)),
+        }
+        ticket
+    }
+
+    /// The caller went away: its answer is not given any more. What it asked for may still be done.
+    pub fn cancel_ticket(&mut self, ticket: Ticket) {
+        if ticket.number < READ_NUMBERS {
+            self.waiting.remove(&ticket.number);
+        }
+    }
+
+    /// A message of another member. Bytes that are none, or of another sender, are dropped.
+    pub fn receive(&mut self, from: MemberId, message: &[u8]) {
+        let mut decoded = Message::default();
+        let sound =
+            decoded.merge_from_bytes(message).is_ok() && decoded.from == from.0 && decoded.to == self.config.member.0;
+        if sound && self.inbox.len() < INBOX_MAX && !self.faulty {
+            self.inbox.push_back(decoded);
+        }
+    }
+
+    pub fn job_done(&mut self, done: JobDone) {
+        let (what, result) = match done {
+            JobDone::SegmentPrepared { id, bytes, result } => {
+                self.log.prepared(id, bytes, result.is_ok());
+                ("preparing the next segment of the log", result)
+            }
+            JobDone::Retired { spare, result } => {
+                if result.is_ok() {
+                    self.log.retired(spare);
+                }
+                ("putting away an old segment of the log", result)
+            }
+            JobDone::SnapshotWritten { number, result } => {
+                self.snapshot_written(number, result.is_ok());
+                ("writing a snapshot", result)
+            }
+            JobDone::SnapshotFinished { number, name, bytes, result } => {
+                self.snapshot_finished(number, &name, bytes, result.is_ok());
+                ("writing a snapshot", result)
+            }
+            JobDone::Removed { result, .. } => ("removing an old file", result),
+        };
+        self.alarms.retain(|a| !matches!(a, Alarm::JobFailed { what: w, .. } if *w == what));
+        if let Err(why) = result {
+            self.retry_at = self.clock.elapsed() + RETRY_MS;
+            self.alarms.push(Alarm::JobFailed { what, why });
+        }
+    }
+
+    // One round.
+
+    /// Does all that can be done now. After an error the member is over and the process should stop.
+    pub fn poll(&mut self, now: Millis, out: &mut Effects) -> Result<(), Fault> {
+        if self.faulty {
+            return Err(Fault::Stopped);
+        }
+        let result = self.round(now, out);
+        self.faulty = result.is_err();
+        result
+    }
+
+    fn round(&mut self, now: Millis, out: &mut Effects) -> Result<(), Fault> {
+        for _ in 0..self.clock.advance(now) {
+            self.raft.tick();
+            self.set_jitter();
+        }
+        self.deliver_messages();
+        self.stand_alone()?;
+        self.settle(out)?;
+        self.begin_round();
+        self.settle(out)?;
+        self.answer_confirmed(out);
+        self.look_at_disk();
+        if !self.stopping {
+            self.due_sessions();
+            self.due_compaction();
+        }
+        self.propose()?;
+        self.settle(out)?;
+        self.answer_confirmed(out);
+        out.answers.extend(self.refused.drain(..).map(|(ticket, refusal)| (ticket, Answer::Refused(refusal))));
+        let more = self.housekeeping(out)?;
+        out.wake_at = Some(if more { now } else { self.wake_at() });
+        Ok(())
+    }
+
+    fn deliver_messages(&mut self) {
+        while let Some(message) = self.inbox.pop_front() {
+            // Messages of an older term, or from a member that is none any more, are refused by the library; nothing follows.
+            let _ = self.raft.step(message);
+            self.set_jitter();
+        }
+    }
+
+    /// A member that is alone need not wait for an election.
+    fn stand_alone(&mut self) -> Result<(), Fault> {
+        if self.lead.is_some() || self.stopping || !self.alone() || self.raft.raft.state == StateRole::Leader {
+            return Ok(());
+        }
+        self.raft.campaign().map_err(consensus_fault)?;
+        self.set_jitter();
+        Ok(())
+    }
+
+    /// The library draws the jitter of its elections from the operating system; ours comes from the seed, so it replaces each draw at
+    /// once. It is read only by ticks.
+    fn set_jitter(&mut self) {
+        let ticks = self.config.election_ticks as u64;
+        let mixed =
+            mix(self.config.seed ^ mix(self.config.member.0) ^ self.raft.raft.term.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        self.raft.raft.set_randomized_election_timeout((ticks + mixed % ticks) as usize);
+    }
+
+    fn settle(&mut self, out: &mut Effects) -> Result<(), Fault> {
+        loop {
+            self.follow_role(out)?;
+            self.fetch_wanted()?;
+            if !self.raft.has_ready() {
+                return Ok(());
+            }
+            self.handle_ready(out)?;
+        }
+    }
+
+    /// Everything that the consensus library wants done, in the order that makes it safe: write, sync, tell, apply.
+    fn handle_ready(&mut self, out: &mut Effects) -> Result<(), Fault> {
+        let mut ready = self.raft.ready();
+        if !ready.snapshot().is_empty() {
+            return Err(Fault::Consensus {
+                why: "a snapshot arrived, which this release neither sends nor takes".to_owned(),
+            });
+        }
+        for state in ready.take_read_states() {
+            self.confirm(state.index, &state.request_ctx);
+        }
+        let entries = ready.take_entries();
+        self.log.entries(&entries);
+        self.snapshots.log_bytes += entries.iter().map(|e| e.data.len() as u64 + 64).sum::<u64>();
+        self.raft.mut_store().append(entries);
+        if let Some(hard_state) = ready.hs() {
+            let store = self.raft.mut_store();
+            let changed = (store.hard_state.term, store.hard_state.vote) != (hard_state.term, hard_state.vote);
+            store.hard_state = hard_state.clone();
+            if changed {
+                self.log.hard_state(hard_state);
+            } else {
+                self.log.commit(hard_state.commit);
+            }
+        }
+        if ready.must_sync() {
+            self.flush()?;
+        }
+        // A leader's messages could leave before its own sync, but not those of a term or a vote that is not on disk; here all wait.
+        send(ready.take_messages(), out)?;
+        send(ready.take_persisted_messages(), out)?;
+        let committed = ready.take_committed_entries();
+        self.apply(committed, out)?;
+        let mut light = self.raft.advance_append(ready);
+        if let Some(commit) = light.commit_index() {
+            self.raft.mut_store().hard_state.commit = commit;
+            self.log.commit(commit);
+        }
+        send(light.take_messages(), out)?;
+        self.apply(light.take_committed_entries(), out)?;
+        let applied = self.machine.position().index.0;
+        self.raft.advance_apply_to(applied);
+        let keep = if self.alone() { 0 } else { CACHE_BYTES };
+        self.raft.mut_store().trim(applied, keep);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), Fault> {
+        if self.log.flush(&mut self.disk)? {
+            self.wrote_at = self.clock.elapsed();
+        }
+        Ok(())
+    }
+
+    /// Reads back what a slow peer needs and memory does not have any more.
+    fn fetch_wanted(&mut self) -> Result<(), Fault> {
+        for wanted in self.raft.mut_store().take_wanted() {
+            let store = self.raft.store();
+            let max = MESSAGE_BYTES as usize;
+            let entries = self.log.read(&mut self.disk, wanted.low, wanted.high, max, |i| store.term_of(i))?;
+            if entries.is_empty() {
+                let why = format!("entry {} cannot be read back", wanted.low);
+                return Err(Fault::Damaged { file: "the log".to_owned(), offset: 0, why });
+            }
+            self.raft.mut_store().put_fetched(entries);
+            self.raft.on_entries_fetched(wanted.context);
+        }
+        Ok(())
+    }
+
+    // Leadership.
+
+    fn follow_role(&mut self, out: &mut Effects) -> Result<(), Fault> {
+        let leads = self.raft.raft.state == StateRole::Leader;
+        let term = self.raft.raft.term;
+        match &self.lead {
+            Some(lead) if leads && lead.term == term => return Ok(()),
+            None if !leads => return Ok(()),
+            Some(_) => self.step_down(out),
+            None => {}
+        }
+        if leads { self.step_up(term) } else { Ok(()) }
+    }
+
+    fn step_up(&mut self, term: u64) -> Result<(), Fault> {
+        let applied = self.machine.position().index.0;
+        // Stamps of entries that are in the log and not applied count too: time must not go back if they are.
+        let unapplied =
+            self.raft.store().after(applied).filter(|e| e.entry_type == EntryType::EntryNormal && !e.data.is_empty());
+        let stamps = unapplied.map(|e| {
+            let unreadable = |error| Fault::Machine(tenure_machine::Fault::unreadable(Index(e.index), error));
+            Batch::decode(&e.data).map(|b| b.stamp).map_err(unreadable)
+        });
+        let newest = stamps.collect::<Result<Vec<_>, _>>()?.into_iter().max().unwrap_or_default();
+        let base = self.machine.stamp().max(newest);
+        let empty = applied == 0 && self.raft.store().last_index() == 0;
+        self.lead =
+            Some(Lead { term, base, since: self.clock.elapsed(), stamped: base, serving: false, genesis: false });
+        self.leader_changes += 1;
+        if empty { self.genesis() } else { Ok(()) }
+    }
+
+    /// The first entry with content: who this cluster is.
+    fn genesis(&mut self) -> Result<(), Fault> {
+        let mut issuer = [0; 16];
+        issuer.copy_from_slice(&self.config.random[16..]);
+        let cluster = mix(u64::from_le_bytes([
+            issuer[0], issuer[1], issuer[2], issuer[3], issuer[4], issuer[5], issuer[6], issuer[7],
+        ])) | 1;
+        if let Some(lead) = &mut self.lead {
+            lead.genesis = true;
+        }
+        // Nobody waits for it: callers have the numbers from 1 on.
+        self.propose_batch(0, vec![Txn::of(Op::Genesis { cluster, issuer })]).map(|_| ())
+    }
+
+    fn step_down(&mut self, out: &mut Effects) {
+        self.lead = None;
+        let refusal = self.no_leader();
+        let queued = self.next_number - self.queue.len() as u64..self.next_number;
+        self.queue.clear();
+        self.queue_bytes = 0;
+        for number in queued {
+            if self.waiting.remove(&number) {
+                out.answers.push((self.ticket(number), Answer::Refused(refusal.clone())));
+            }
+        }
+        for proposed in std::mem::take(&mut self.proposed) {
+            for number in proposed.first..proposed.first + proposed.count {
+                if self.waiting.remove(&number) {
+                    out.answers.push((self.ticket(number), Answer::Unknown));
+                }
+            }
+        }
+        let rounds =
+            std::mem::take(&mut self.rounds).into_values().chain(self.confirmed.drain(..).map(|(_, round)| round));
+        let tickets: Vec<Ticket> = rounds.chain([std::mem::take(&mut self.asked)]).flat_map(Round::tickets).collect();
+        for ticket in tickets.into_iter().chain(self.deadlines.clear()) {
+            out.answers.push((ticket, Answer::Refused(refusal.clone())));
+        }
+    }
+
+    /// An entry of the own term is applied: from now on the state says what is true, and sessions get their time.
+    fn begin_to_serve(&mut self) {
+        let now = self.clock.elapsed();
+        let mut after = SessionId(0);
+        loop {
+            let page = self.machine.sessions(after, 1_000);
+            let Some(last) = page.last() else { break };
+            after = last.id;
+            for s in page {
+                self.deadlines.start(now, s.id, s.token, s.ttl_ms, s.remaining_ms);
+            }
+        }
+    }
+
+    // Proposing.
+
+    fn enqueue(&mut self, txn: Txn, bytes: usize) -> u64 {
+        let number = self.next_number;
+        self.next_number += 1;
+        self.queue_bytes += bytes;
+        self.queue.push_back((txn, bytes));
+        number
+    }
+
+    fn enqueue_own(&mut self, op: Op) {
+        let txn = Txn::of(op);
+        let bytes = weight(&txn);
+        self.enqueue(txn, bytes);
+    }
+
+    /// One proposal of everything that waits, cut into entries only where it is large.
+    fn propose(&mut self) -> Result<(), Fault> {
+        let Some(lead) = &self.lead else { return Ok(()) };
+        if lead.serving && !lead.genesis && self.machine.cluster() == 0 {
+            self.genesis()?;
+        }
+        if self.queue.is_empty() && self.stamp_is_due() {
+            self.propose_batch(self.next_number, Vec::new())?;
+        }
+        while !self.queue.is_empty() {
+            let first = self.next_number - self.queue.len() as u64;
+            let txns = self.next_batch();
+            let count = txns.len() as u64;
+            if !self.propose_batch(first, txns)? {
+                self.refuse_numbers(first, count);
+            }
+        }
+        Ok(())
+    }
+
+    fn next_batch(&mut self) -> Vec<Txn> {
+        let mut bytes = 0;
+        let fitting = self.queue.iter().take_while(|(_, size)| {
+            bytes += size;
+            bytes <= self.config.max_batch_bytes
+        });
+        let count = fitting.count().max(1);
+        self.queue
+            .drain(..count)
+            .map(|(txn, size)| {
+                self.queue_bytes -= size;
+                txn
+            })
+            .collect()
+    }
+
+    /// Whether the library took the entry. It drops one that would leave too much undecided.
+    fn propose_batch(&mut self, first: u64, txns: Vec<Txn>) -> Result<bool, Fault> {
+        let Some(lead) = &mut self.lead else { return Ok(false) };
+        let stamp = lead.stamp(self.clock.elapsed());
+        lead.stamped = stamp;
+        let origin = Origin { member: self.config.member, boot: self.config.boot, first };
+        let count = txns.len() as u64;
+        let batch = Batch { behaviour: self.machine.behaviour(), stamp, origin, txns };
+        match self.raft.propose(Vec::new(), batch.encode()) {
+            Ok(()) => {}
+            Err(raft::Error::ProposalDropped) => return Ok(false),
+            Err(error) => return Err(consensus_fault(error)),
+        }
+        let (index, term) = (self.raft.raft.raft_log.last_index(), self.raft.raft.term);
+        self.proposed.push_back(Proposed { index, term, first, count, batch });
+        Ok(true)
+    }
+
+    fn refuse_numbers(&mut self, first: u64, count: u64) {
+        for number in first..first + count {
+            if self.waiting.remove(&number) {
+                self.refused.push((self.ticket(number), Refusal::Overloaded));
+            }
+        }
+    }
+
+    /// Time reaches the state only through entries: one is due when a wait ends, and now and then.
+    fn stamp_is_due(&self) -> bool {
+        let Some(lead) = self.lead.as_ref().filter(|l| l.serving && !self.stopping) else { return false };
+        let stamp = lead.stamp(self.clock.elapsed());
+        self.next_stamp(lead) <= stamp && lead.stamped < stamp
+    }
+
+    /// The log time at which the next entry must be stamped, whatever comes.
+    fn next_stamp(&self, lead: &Lead) -> LogTime {
+        let deadline = self.machine.next_deadline();
+        let near = deadline.is_some_and(|d| d.0 <= lead.stamped.0.saturating_add(NEAR_MS));
+        let regular = lead.stamped.plus(if near { STAMP_NEAR_MS } else { STAMP_FAR_MS });
+        // A deadline that is stamped already, in an entry that is under way, needs no other.
+        deadline.filter(|d| *d > lead.stamped).map_or(regular, |d| d.min(regular))
+    }
+
+    fn due_sessions(&mut self) {
+        let Some(lead) = self.lead.as_ref().filter(|l| l.serving) else { return };
+        let term = Term(lead.term);
+        for due in self.deadlines.due(self.clock.elapsed(), DUE_MAX) {
+            self.enqueue_own(match due {
+                Due::Expire { id, token } => Op::SessionExpire { session: id, token, term },
+                Due::Checkpoint { id, token, remaining_ms } => {
+                    Op::SessionCheckpoint { session: id, token, remaining_ms: Some(remaining_ms) }
+                }
+            });
+        }
+    }
+
+    fn due_compaction(&mut self) {
+        let now = self.clock.elapsed();
+        if now < self.compact_at || !self.lead.as_ref().is_some_and(|l| l.serving) {
+            return;
+        }
+        self.compact_at = now + COMPACT_EVERY_MS;
+        let Some(keep) = self.config.autocompact else { return };
+        let to = self.machine.autocompact(keep.keep_ms, keep.keep_revisions, keep.history_share_percent);
+        if let Some(revision) = to.and_then(|r| i64::try_from(r.0).ok()) {
+            self.enqueue_own(Op::Compact { revision });
+        }
+    }
+
+    // Reads and renewals.
+
+    /// All reads and renewals that came since the last poll share one round.
+    fn begin_round(&mut self) {
+        if self.asked.is_empty() || !self.lead.as_ref().is_some_and(|l| l.serving) {
+            return;
+        }
+        let number = self.next_read;
+        self.next_read += 1;
+        self.rounds.insert(number, std::mem::take(&mut self.asked));
+        self.raft.read_index(number.to_le_bytes().to_vec());
+    }
+
+    fn confirm(&mut self, index: u64, context: &[u8]) {
+        let number = context.try_into().map(u64::from_le_bytes);
+        if let Some(round) = number.ok().and_then(|n| self.rounds.remove(&n)) {
+            self.confirmed.push((index, round));
+        }
+    }
+
+    fn answer_confirmed(&mut self, out: &mut Effects) {
+        let applied = self.machine.position().index.0;
+        if self.confirmed.iter().all(|(index, _)| *index > applied) {
+            return;
+        }
+        for (index, round) in std::mem::take(&mut self.confirmed) {
+            if index > applied {
+                self.confirmed.push((index, round));
+                continue;
+            }
+            out.answers.extend(round.reads.into_iter().map(|ticket| (ticket, Answer::ReadReady)));
+            for (session, ticket) in round.renewals {
+                self.renewed(session, ticket, out);
+            }
+        }
+    }
+
+    fn renewed(&mut self, session: SessionId, ticket: Ticket, out: &mut Effects) {
+        match self.deadlines.renew(self.clock.elapsed(), session, ticket) {
+            Renewing::Renewed { token, ttl_ms } => {
+                out.answers.push((ticket, Answer::Renewed(Ok(Renewal { session, token, ttl_ms }))));
+            }
+            Renewing::Gone => out.answers.push((ticket, Answer::Renewed(Err(Rejection::SessionExpired { session })))),
+            Renewing::Held => {}
+            Renewing::HeldForClearing { token } => {
+                self.enqueue_own(Op::SessionCheckpoint { session, token, remaining_ms: None })
+            }
+        }
+    }
+
+    // Applying.
+
+    fn apply(&mut self, entries: Vec<Entry>, out: &mut Effects) -> Result<(), Fault> {
+        for entry in entries {
+            let at = Position { index: Index(entry.index), term: Term(entry.term) };
+            match entry.entry_type {
+                EntryType::EntryNormal if entry.data.is_empty() => self.machine.skip(at),
+                EntryType::EntryNormal => self.apply_batch(at, &entry, out)?,
+                kind => {
+                    self.apply_conf_change(kind, &entry)?;
+                    self.machine.skip(at);
+                }
+            }
+            if let Some(lead) = self.lead.as_mut().filter(|l| !l.serving && l.term == entry.term) {
+                lead.serving = true;
+                self.begin_to_serve();
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_batch(&mut self, at: Position, entry: &Entry, out: &mut Effects) -> Result<(), Fault> {
+        let mut applied = std::mem::take(&mut self.applied);
+        let result = match self.take_proposed(at) {
+            Some(batch) => self.machine.apply(at, batch, &mut applied),
+            None => self.machine.apply_encoded(at, &entry.data, &mut applied),
+        };
+        result?;
+        out.changes.append(&mut applied.changes);
+        for event in applied.sessions.drain(..) {
+            self.session_event(&event, out);
+        }
+        for (ticket, reply) in applied.replies.drain(..) {
+            // Tickets of another member, or of an earlier life of this one, have no caller here.
+            let ours = ticket.member == self.config.member && ticket.boot == self.config.boot;
+            if ours && self.waiting.remove(&ticket.number) {
+                out.answers.push((ticket, Answer::Done(reply)));
+            }
+        }
+        self.applied = applied;
+        Ok(())
+    }
+
+    /// The batch of our own that this entry is, if it is one.
+    fn take_proposed(&mut self, at: Position) -> Option<Batch> {
+        while self.proposed.front().is_some_and(|p| p.index < at.index.0) {
+            self.proposed.pop_front();
+        }
+        let ours = self.proposed.front().is_some_and(|p| (p.index, p.term) == (at.index.0, at.term.0));
+        if ours { self.proposed.pop_front().map(|p| p.batch) } else { None }
+    }
+
+    fn session_event(&mut self, event: &SessionEvent, out: &mut Effects) {
+        if !self.lead.as_ref().is_some_and(|l| l.serving) {
+            return;
+        }
+        for Told { ticket, session, renewed } in self.deadlines.event(self.clock.elapsed(), event) {
+            let renewal = renewed.map(|(token, ttl_ms)| Renewal { session, token, ttl_ms });
+            out.answers.push((ticket, Answer::Renewed(renewal.ok_or(Rejection::SessionExpired { session }))));
+        }
+    }
+
+    fn apply_conf_change(&mut self, kind: EntryType, entry: &Entry) -> Result<(), Fault> {
+        let unreadable = |_| Fault::Consensus { why: format!("entry {} is no change of the members", entry.index) };
+        let change = if kind == EntryType::EntryConfChange {
+            let mut change = ConfChange::default();
+            change.merge_from_bytes(&entry.data).map_err(unreadable)?;
+            change.into_v2()
+        } else {
+            let mut change = ConfChangeV2::default();
+            change.merge_from_bytes(&entry.data).map_err(unreadable)?;
+            change
+        };
+        let conf = self.raft.apply_conf_change(&change).map_err(consensus_fault)?;
+        self.log.conf_state(entry.index, &conf);
+        self.raft.mut_store().conf_state = conf;
+        self.set_jitter();
+        Ok(())
+    }
+
+    // Upkeep.
+
+    /// Slices of slow work. Gives whether there is more to do at once.
+    fn housekeeping(&mut self, out: &mut Effects) -> Result<bool, Fault> {
+        let now = self.clock.elapsed();
+        let compacting = self.machine.maintain(MAINTAIN_BUDGET);
+        if self.retry_at <= now {
+            out.jobs.extend(self.log.prepare());
+            self.start_snapshot();
+        }
+        self.write_snapshot(out);
+        self.let_go(out);
+        if self.log.wants_mark() && now >= self.wrote_at + QUIET_MS {
+            self.log.synced_mark();
+            self.flush()?;
+        }
+        Ok(compacting || !self.queue.is_empty() || self.deadlines_are_due(now))
+    }
+
+    fn deadlines_are_due(&self, now: u64) -> bool {
+        self.lead.as_ref().is_some_and(|l| l.serving) && self.deadlines.next().is_some_and(|at| at <= now)
+    }
+
+    fn wake_at(&self) -> Millis {
+        let now = self.clock.elapsed();
+        // Alone, nobody waits for heartbeats; but a gap between polls must stay well below what counts as one.
+        let tick = if self.alone() { (self.config.election_ms() / 2).min(500) } else { self.config.tick_ms };
+        let mut at = now + tick.max(1);
+        if let Some(lead) = self.lead.as_ref().filter(|l| l.serving) {
+            at = at.min(self.deadlines.next().unwrap_or(u64::MAX)).min(lead.moment(self.next_stamp(lead)));
+        }
+        if self.log.wants_mark() {
+            at = at.min(self.wrote_at + QUIET_MS);
+        }
+        self.clock.moment(at.max(now + 1))
+    }
+
+    fn look_at_disk(&mut self) {
+        let now = self.clock.elapsed();
+        if now < self.disk_at {
+            return;
+        }
+        self.disk_at = now + DISK_EVERY_MS;
+        if let Ok(free) = self.disk.free_bytes() {
+            self.free_bytes = free;
+        }
+    }
+
+    fn disk_full(&self) -> bool {
+        self.free_bytes < self.config.disk_reserve_bytes
+    }
+
+    fn start_snapshot(&mut self) {
+        let due = self.snapshots.log_bytes >= self.config.snapshot_log_bytes || self.log.segments() > SEGMENTS_MAX;
+        let newest = self.snapshots.files.last().map_or(0, |f| f.0);
+        // A full disk is when a snapshot is wanted most, because it lets log go; but it must fit.
+        let fits = || self.free_bytes >= self.machine.memory().used.saturating_add(4 << 20);
+        if !due || self.snapshots.writing.is_some() || self.machine.position().index.0 <= newest || !fits() {
+            return;
+        }
+        let position = self.machine.snapshot_begin();
+        let conf = (position.index.0, self.raft.store().conf_state.clone());
+        let meta =
+            snapshot::Meta { cluster: self.machine.cluster(), index: position.index.0, term: position.term.0, conf };
+        self.snapshots.number += 1;
+        self.snapshots.writing = Some(Writing {
+            number: self.snapshots.number,
+            writer: snapshot::Writer::new(meta),
+            jobs: 0,
+            synced_to: 0,
+            complete: false,
+            log_bytes: std::mem::take(&mut self.snapshots.log_bytes),
+        });
+    }
+
+    /// A few blocks a poll, and only so many ahead of the worker. The last piece, which gives the file its name, goes when all others
+    /// are known to be written.
+    fn write_snapshot(&mut self, out: &mut Effects) {
+        let Some(writing) = &mut self.snapshots.writing else { return };
+        let (file, number) = (snapshot::TEMPORARY, writing.number);
+        let mut blocks = 0;
+        while !writing.complete && writing.jobs < SNAPSHOT_JOBS_MAX && blocks < SNAPSHOT_BLOCKS_PER_POLL {
+            let Some(block) = self.machine.snapshot_next(snapshot::BLOCK_BYTES) else {
+                writing.complete = true;
+                break;
+            };
+            let (offset, bytes) = writing.writer.block(&block);
+            // A sync now and then, so that the last one has little left and the log's own syncs do not queue behind it.
+            let sync = writing.writer.offset() - writing.synced_to >= SNAPSHOT_SYNC_BYTES;
+            if sync {
+                writing.synced_to = writing.writer.offset();
+            }
+            writing.jobs += 1;
+            blocks += 1;
+            out.jobs.push(Job::WriteSnapshot { number, file: file.to_owned(), offset, bytes, sync });
+        }
+        if writing.complete && writing.jobs == 0 {
+            let (offset, bytes) = writing.writer.trailer();
+            // Counted, so that it is given out once.
+            writing.jobs = SNAPSHOT_JOBS_MAX;
+            let name = snapshot::file(writing.writer.meta().index);
+            out.jobs.push(Job::FinishSnapshot { number, file: file.to_owned(), offset, bytes, name });
+        }
+    }
+
+    fn snapshot_written(&mut self, number: u64, done: bool) {
+        let Some(writing) = self.snapshots.writing.as_mut().filter(|w| w.number == number) else { return };
+        writing.jobs -= 1;
+        if !done {
+            self.give_up_snapshot();
+        }
+    }
+
+    /// The file is begun anew, never gone on with: after a failed write or sync nothing is known of its bytes.
+    fn give_up_snapshot(&mut self) {
+        if let Some(writing) = self.snapshots.writing.take() {
+            self.machine.snapshot_abort();
+            self.snapshots.log_bytes += writing.log_bytes;
+        }
+    }
+
+    fn snapshot_finished(&mut self, number: u64, name: &str, bytes: u64, done: bool) {
+        if self.snapshots.writing.as_ref().is_none_or(|w| w.number != number) {
+            return;
+        }
+        if !done {
+            return self.give_up_snapshot();
+        }
+        let Some(writing) = self.snapshots.writing.take() else { return };
+        self.alarms.retain(|a| !matches!(a, Alarm::SnapshotDamaged { .. }));
+        self.snapshots.damaged.retain(|d| d != name);
+        self.snapshots.files.push((writing.writer.meta().index, bytes));
+    }
+
+    /// Two snapshots stay, and the log since the older of them.
+    fn let_go(&mut self, out: &mut Effects) {
+        if self.snapshots.files.len() >= SNAPSHOTS_KEPT {
+            let damaged = std::mem::take(&mut self.snapshots.damaged);
+            out.jobs.extend(damaged.into_iter().map(|name| Job::Remove { name }));
+        }
+        while self.snapshots.files.len() > SNAPSHOTS_KEPT {
+            let (index, _) = self.snapshots.files.remove(0);
+            out.jobs.push(Job::Remove { name: snapshot::file(index) });
+        }
+        let Some(&(older, _)) = self.snapshots.files.first().filter(|_| self.snapshots.files.len() == SNAPSHOTS_KEPT)
+        else {
+            return;
+        };
+        if older < self.raft.store().first_index() {
+            return;
+        }
+        let Some(term) = self.raft.store().term_of(older) else { return };
+        self.raft.mut_store().compact(older);
+        self.log.compact(older, term);
+        out.jobs.extend(self.log.release(older + 1));
+    }
+
+    // What it tells.
+
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// For what only the owner may do beside apply; nothing that apply does goes through here.
+    pub fn set_memory_limits(&mut self, limits: tenure_machine::MemoryLimits) {
+        self.machine.set_memory_limits(limits);
+    }
+
+    /// What is left of a session's time, if this member leads.
+    pub fn remaining_ms(&self, session: SessionId, now: Millis) -> Option<u64> {
+        self.deadlines.remaining_ms(self.clock.elapsed_at(now), session)
+    }
+
+    pub fn is_leader(&self) -> bool {
+        self.lead.as_ref().is_some_and(|l| l.serving)
+    }
+
+    pub fn status(&self) -> Status {
+        let raft = &self.raft.raft;
+        let mut alarms = self.alarms.clone();
+        if self.disk_full() {
+            alarms.push(Alarm::DiskFull { free: self.free_bytes, reserve: self.config.disk_reserve_bytes });
+        }
+        Status {
+            member: self.config.member,
+            name: self.config.name.clone(),
+            cluster: self.machine.cluster(),
+            issuer: self.machine.issuer(),
+            storage: self.identity.storage,
+            role: match raft.state {
+                StateRole::Leader => Role::Leader,
+                StateRole::Follower => Role::Follower,
+                StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
+            },
+            leader: Some(raft.leader_id).filter(|id| *id != raft::INVALID_ID).map(MemberId),
+            term: raft.term,
+            committed: raft.raft_log.committed,
+            applied: self.machine.position().index.0,
+            first_index: self.raft.store().first_index(),
+            last_index: self.raft.store().last_index(),
+            voters: self.raft.store().conf_state.voters.iter().map(|id| MemberId(*id)).collect(),
+            log_file_bytes: self.log.file_bytes(),
+            log_segments: self.log.segments(),
+            log_bytes_written: self.log.bytes_written,
+            log_syncs: self.log.syncs,
+            snapshot_index: self.snapshots.files.last().map_or(0, |f| f.0),
+            snapshot_bytes: self.snapshots.files.last().map_or(0, |f| f.1),
+            snapshot_running: self.snapshots.writing.is_some(),
+            queued: self.queue.len(),
+            proposed: self.proposed.len(),
+            waiting: self.waiting.len(),
+            leader_changes: self.leader_changes,
+            gaps: self.clock.gaps(),
+            alarms,
+        }
+    }
+
+    /// Takes nothing new any more, finishes what it can in a last poll, and marks the log as synced, so that the next start has
+    /// nothing to doubt.
+    pub fn stop(&mut self, now: Millis, out: &mut Effects) -> Result<(), Fault> {
+        self.stopping = true;
+        self.poll(now, out)?;
+        if self.log.wants_mark() {
+            self.log.synced_mark();
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn alone(&self) -> bool {
+        let conf = &self.raft.store().conf_state;
+        conf.voters == [self.config.member.0] && conf.learners.is_empty() && conf.voters_outgoing.is_empty()
+    }
+
+    fn ticket(&self, number: u64) -> Ticket {
+        Ticket { member: self.config.member, boot: self.config.boot, number }
+    }
+
+    fn read_ticket(&mut self) -> Ticket {
+        let number = self.next_read;
+        self.next_read += 1;
+        self.ticket(number)
+    }
+}
+
+/// A folder as it was read.
+struct Opened {
+    identity: Identity,
+    log: Log,
+    recovered: Recovered,
+    machine: Machine,
+    snapshots: Snapshots,
+}
+
+fn open_folder<D: Disk>(
+    disk: &mut D,
+    config: &Config,
+    sizes: Sizes,
+    names: &[String],
+    alarms: &mut Vec<Alarm>,
+) -> Result<Opened, OpenError> {
+    let bytes = disk.read(identity::FILE, 0, 1 << 16).map_err(|error| io("read", identity::FILE, error))?;
+    let identity = Identity::check(&bytes, &config.cluster_token, config.member.0)?;
+    let mut indexes: Vec<u64> = names.iter().filter_map(|n| snapshot::index_of(n)).collect();
+    indexes.sort_unstable();
+    let (mut snapshots, mut machine) = (Snapshots::default(), None);
+    for &index in indexes.iter().rev() {
+        let name = snapshot::file(index);
+        if machine.is_none() {
+            match snapshot::load(disk, &name) {
+                Ok((_, loaded)) => machine = Some(loaded),
+                Err(error) => {
+                    alarms.push(damaged_snapshot(&name, error)?);
+                    snapshots.damaged.push(name);
+                    continue;
+                }
+            }
+        }
+        let bytes = disk.len(&name).map_err(|error| io("measure", &name, error))?;
+        snapshots.files.insert(0, (index, bytes));
+    }
+    let machine = machine.unwrap_or_default();
+    let covered = machine.position().index.0;
+    let (log, recovered) = Log::open(disk, &identity, sizes, covered)?;
+    if recovered.last().0 < covered {
+        let why = format!("the log ends at entry {}, before the snapshot at {covered}", recovered.last().0);
+        return Err(OpenError::Damaged { file: snapshot::file(covered), offset: 0, why });
+    }
+    alarms.extend(recovered.torn.clone().map(|(file, offset)| Alarm::TornTail { file, offset }));
+    remove_temporary(disk, names)?;
+    Ok(Opened { identity, log, recovered, machine, snapshots })
+}
+
+/// A bad snapshot is passed over for an older one; a file that cannot be read at all, or of another format, is not.
+fn damaged_snapshot(name: &str, error: LoadError) -> Result<Alarm, OpenError> {
+    let file = name.to_owned();
+    match error {
+        LoadError::Io(error) => Err(io("read", name, error)),
+        LoadError::Format(format) => {
+            Err(OpenError::OtherFormat { file, why: format!("format {format} of a snapshot is not known here") })
+        }
+        LoadError::Damaged { offset, why } => Ok(Alarm::SnapshotDamaged { file, offset, why }),
+    }
+}
+
+/// Makes the folder of a new member. The identity comes last, so that a crash before leaves a folder that is made anew.
+fn make_folder<D: Disk>(disk: &mut D, config: &Config, sizes: Sizes, names: &[String]) -> Result<Opened, OpenError> {
+    for name in names {
+        check_leftover(disk, name)?;
+    }
+    remove_temporary(disk, names)?;
+    for name in names.iter().filter(|n| log::is_ours(n) && *n != crate::job::PREPARE_TEMPORARY) {
+        disk.remove(name).map_err(|error| io("remove", name, error))?;
+    }
+    let mut storage = [0; 16];
+    storage.copy_from_slice(&config.random[..16]);
+    let identity = Identity { cluster: config.cluster_token.clone(), member: config.member.0, storage };
+    let conf = ConfState::from((config.voters(), Vec::new()));
+    let log = Log::create(disk, &identity, sizes, conf.clone())?;
+    identity.store(disk)?;
+    let recovered = Recovered { conf: (0, conf), ..Recovered::default() };
+    Ok(Opened { identity, log, recovered, machine: Machine::new(), snapshots: Snapshots::default() })
+}
+
+/// Without an identity only what an interrupted first start left may be there, and nothing is ever deleted that held an entry.
+fn check_leftover<D: Disk>(disk: &mut D, name: &str) -> Result<(), OpenError> {
+    let foreign = |why: &str| Err(OpenError::OtherFormat { file: name.to_owned(), why: why.to_owned() });
+    if is_temporary(name) || name == "lost+found" || name == "lock" || name.starts_with('.') {
+        return Ok(());
+    }
+    if !log::is_ours(name) {
+        return foreign("there is no identity file beside it; choose an empty folder");
+    }
+    match log::holds_records(disk, name)? {
+        false => Ok(()),
+        true => foreign("it holds entries, but the identity file is missing"),
+    }
+}
+
+fn is_temporary(name: &str) -> bool {
+    [identity::TEMPORARY, snapshot::TEMPORARY, crate::job::PREPARE_TEMPORARY].contains(&name)
+}
+
+fn remove_temporary<D: Disk>(disk: &mut D, names: &[String]) -> Result<(), OpenError> {
+    for name in names.iter().filter(|n| is_temporary(n)) {
+        disk.remove(name).map_err(|error| io("remove", name, error))?;
+    }
+    Ok(())
+}
+
+fn io(doing: &'static str, file: &str, error: std::io::Error) -> OpenError {
+    OpenError::Io { doing, file: file.to_owned(), error }
+}
+
+/// Applies what is known to be committed, up to a change of members that the configuration in the log does not contain yet: that
+/// one the library must see. Gives the index of the last applied entry.
+fn replay(machine: &mut Machine, recovered: &Recovered) -> Result<u64, OpenError> {
+    let mut applied = Applied::default();
+    for entry in recovered.entries.iter().take_while(|e| e.index <= recovered.hard_state.commit) {
+        if entry.index <= machine.position().index.0 {
+            continue;
+        }
+        let at = Position { index: Index(entry.index), term: Term(entry.term) };
+        match entry.entry_type {
+            EntryType::EntryNormal if entry.data.is_empty() => machine.skip(at),
+            EntryType::EntryNormal => {
+                machine.apply_encoded(at, &entry.data, &mut applied).map_err(OpenError::Machine)?
+            }
+            _ if entry.index > recovered.conf.0 => break,
+            _ => machine.skip(at),
+        }
+    }
+    Ok(machine.position().index.0)
+}
+
+fn consensus(config: &Config, store: Store, applied: u64) -> Result<RawNode<Store>, OpenError> {
+    let options = raft::Config {
+        id: config.member.0,
+        election_tick: config.election_ticks,
+        heartbeat_tick: config.heartbeat_ticks,
+        applied,
+        max_size_per_msg: MESSAGE_BYTES,
+        check_quorum: true,
+        pre_vote: true,
+        max_uncommitted_size: if config.voters().len() == 1 { raft::NO_LIMIT } else { 64 << 20 },
+        max_committed_size_per_ready: 16 << 20,
+        ..raft::Config::default()
+    };
+    let logger = slog::Logger::root(slog::Discard, slog::o!());
+    let mut node = RawNode::new(&options, store, &logger).map_err(|e| OpenError::Consensus { why: e.to_string() })?;
+    // Drawn by the library while it was made; see `set_jitter`.
+    node.raft.set_randomized_election_timeout(config.election_ticks);
+    Ok(node)
+}
+
+fn consensus_fault(error: raft::Error) -> Fault {
+    Fault::Consensus { why: error.to_string() }
+}
+
+fn send(messages: Vec<Message>, out: &mut Effects) -> Result<(), Fault> {
+    for message in messages {
+        let bytes = message.write_to_bytes().map_err(|e| Fault::Consensus { why: e.to_string() })?;
+        out.messages.push((MemberId(message.to), bytes));
+    }
+    Ok(())
+}
+
+/// About how many bytes of an entry a transaction takes.
+fn weight(txn: &Txn) -> usize {
+    let compares: usize = txn.compares.iter().map(|c| 64 + c.span.start.as_bytes().len()).sum();
+    64 + txn.principal.len() + compares + ops_weight(&txn.then) + ops_weight(&txn.otherwise)
+}
+
+fn ops_weight(ops: &[Op]) -> usize {
+    let weights = ops.iter().map(|op| {
+        48 + match op {
+            Op::Put(put) => put.key.as_bytes().len() + put.value.len(),
+            Op::Delete(delete) => delete.span.start.as_bytes().len(),
+            Op::Range(range) => range.span.start.as_bytes().len(),
+            Op::Txn(sub) => 64 * sub.compares.len() + ops_weight(&sub.then) + ops_weight(&sub.otherwise),
+            Op::SessionCreate(create) => create.metadata.iter().map(|(k, v)| k.len() + v.len()).sum(),
+            Op::LockAcquire(acquire) => acquire.name.len() + acquire.owner.len(),
+            _ => 0,
+        }
+    });
+    weights.sum()
+}
+
+/// Whether nothing in it can grow the state: such requests pass while the disk is nearly full.
+fn only_frees(txn: &Txn) -> bool {
+    txn.then.iter().chain(&txn.otherwise).all(|op| {
+        matches!(
+            op,
+            Op::Delete(_)
+                | Op::Range(_)
+                | Op::Compact { .. }
+                | Op::SessionEnd { .. }
+                | Op::LockRelease { .. }
+                | Op::LockCancel { .. }
+        )
+    })
+}
+
+/// Spreads the bits of a number.
+fn mix(n: u64) -> u64 {
+    let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    n ^ (n >> 31)
+}
+
+#[cfg(test)]
+mod tests;
