@@ -11,36 +11,36 @@ use clap::ValueEnum;
 use tenure_client::{Client, ClientOptions, Code, Error, Outcome};
 
 /// Exit codes of the command's own failures, by the error codes of the protocol.
-pub mod exit {
+pub(crate) mod exit {
     /// Anything without a number of its own; also a conflict as `flock -n` and `-w` tell it.
-    pub const FAILURE: u8 = 1;
-    pub const CONFLICT: u8 = 10;
-    pub const DEADLOCK: u8 = 11;
-    pub const FENCED: u8 = 12;
-    pub const SESSION_EXPIRED: u8 = 13;
-    pub const IN_FLIGHT: u8 = 14;
-    pub const MISMATCH: u8 = 15;
-    pub const NEEDS_RECONCILE: u8 = 16;
-    pub const COMPACTED: u8 = 17;
-    pub const QUOTA: u8 = 18;
-    pub const NOT_FOUND: u8 = 19;
-    pub const CANCELLED: u8 = 20;
+    pub(crate) const FAILURE: u8 = 1;
+    pub(crate) const CONFLICT: u8 = 10;
+    pub(crate) const DEADLOCK: u8 = 11;
+    pub(crate) const FENCED: u8 = 12;
+    pub(crate) const SESSION_EXPIRED: u8 = 13;
+    pub(crate) const IN_FLIGHT: u8 = 14;
+    pub(crate) const MISMATCH: u8 = 15;
+    pub(crate) const NEEDS_RECONCILE: u8 = 16;
+    pub(crate) const COMPACTED: u8 = 17;
+    pub(crate) const QUOTA: u8 = 18;
+    pub(crate) const NOT_FOUND: u8 = 19;
+    pub(crate) const CANCELLED: u8 = 20;
     /// Wrong use: flags, names, sizes (EX_USAGE).
-    pub const USAGE: u8 = 64;
+    pub(crate) const USAGE: u8 = 64;
     /// The server cannot be reached, or has no majority (EX_UNAVAILABLE).
-    pub const UNAVAILABLE: u8 = 69;
+    pub(crate) const UNAVAILABLE: u8 = 69;
     /// The lock was lost while the command ran.
-    pub const LOST: u8 = 76;
-    pub const DENIED: u8 = 77;
+    pub(crate) const LOST: u8 = 76;
+    pub(crate) const DENIED: u8 = 77;
     /// The command was found but could not be started, as a shell tells it.
-    pub const NOT_EXECUTABLE: u8 = 126;
+    pub(crate) const NOT_EXECUTABLE: u8 = 126;
     /// There is no such command, as a shell tells it.
-    pub const NO_SUCH_COMMAND: u8 = 127;
+    pub(crate) const NO_SUCH_COMMAND: u8 = 127;
 }
 
 /// How answers are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+pub(crate) enum Output {
     /// For people.
     #[default]
     Table,
@@ -50,7 +50,7 @@ pub enum Output {
 
 /// Connection flags, named as etcdctl's so that scripts carry over.
 #[derive(Clone, Debug, clap::Args)]
-pub struct Common {
+pub(crate) struct Common {
     /// Members to talk to, as host:port, comma separated
     #[arg(
         long,
@@ -60,7 +60,7 @@ pub struct Common {
         default_value = "127.0.0.1:2379",
         value_name = "HOST:PORT,..."
     )]
-    pub endpoints: Vec<String>,
+    pub(crate) endpoints: Vec<String>,
     /// How long one request may take in all, retries included
     #[arg(
         long,
@@ -70,20 +70,20 @@ pub struct Common {
         value_name = "DURATION",
         value_parser = duration
     )]
-    pub command_timeout: Duration,
+    pub(crate) command_timeout: Duration,
 }
 
 /// `-o json`. Flattened into each command that prints an answer; not global, because `tenure lock -o` is flock's `--close`.
 #[derive(Clone, Copy, Debug, clap::Args)]
-pub struct OutputArg {
+pub(crate) struct OutputArg {
     /// How to print answers
     #[arg(long, short = 'o', value_enum, default_value = "table", value_name = "FORMAT")]
-    pub output: Output,
+    pub(crate) output: Output,
 }
 
 impl Common {
     /// A client for these endpoints. It dials when it is first used, so an unreachable server is told by the first call.
-    pub fn client(&self) -> Result<Client, Failure> {
+    pub(crate) fn client(&self) -> Result<Client, Failure> {
         let options = ClientOptions::default().timeout(self.command_timeout);
         Client::with_options(&self.endpoints, options).map_err(Failure::from)
     }
@@ -91,23 +91,23 @@ impl Common {
 
 /// A failure of the command itself: what happened, what to do about it, and the exit code.
 #[derive(Debug)]
-pub struct Failure {
-    pub exit: u8,
-    pub message: String,
-    pub hint: Option<String>,
+pub(crate) struct Failure {
+    pub(crate) exit: u8,
+    pub(crate) message: String,
+    pub(crate) hint: Option<String>,
 }
 
 impl Failure {
-    pub fn new(exit: u8, message: impl Into<String>) -> Self {
+    pub(crate) fn new(exit: u8, message: impl Into<String>) -> Self {
         Self { exit, message: message.into(), hint: None }
     }
 
-    pub fn usage(message: impl Into<String>) -> Self {
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self::new(exit::USAGE, message)
     }
 
     #[must_use]
-    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
@@ -128,7 +128,7 @@ impl From<Error> for Failure {
 }
 
 /// The exit code of a client error.
-pub fn exit_of(error: &Error) -> u8 {
+pub(crate) fn exit_of(error: &Error) -> u8 {
     match error {
         Error::Refused(problem) => exit_of_code(problem.code),
         Error::Unknown { .. } | Error::NotApplied { .. } | Error::Unavailable { .. } => exit::UNAVAILABLE,
@@ -186,7 +186,7 @@ fn hint_for(error: &Error) -> Option<String> {
 }
 
 /// Prints a failure and gives its exit code. Errors that are no [`Failure`] get the code of the client error they hold, else 1.
-pub fn report(error: &anyhow::Error) -> ExitCode {
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         print_failure(&failure.message, failure.hint.as_deref());
         return ExitCode::from(failure.exit);
@@ -200,7 +200,7 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
 }
 
 /// Prints an error and a hint to standard error.
-pub fn print_failure(message: &str, hint: Option<&str>) {
+pub(crate) fn print_failure(message: &str, hint: Option<&str>) {
     eprintln!("error: {message}");
     if let Some(hint) = hint {
         eprintln!("hint: {hint}");
@@ -208,7 +208,7 @@ pub fn print_failure(message: &str, hint: Option<&str>) {
 }
 
 /// Reads a duration such as `15s`, `500ms`, `1m30s`, `2h`, or a plain number of seconds as `flock -w` takes it.
-pub fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a duration: write 15s, 500ms, 1m30s or a number of seconds");
     if let Ok(seconds) = text.parse::<f64>() {
         return Duration::try_from_secs_f64(seconds).map_err(|_| wrong());
@@ -234,7 +234,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// Writes rows under their headings in columns as wide as their widest cell.
-pub fn print_table(headings: &[&str], rows: &[Vec<String>]) {
+pub(crate) fn print_table(headings: &[&str], rows: &[Vec<String>]) {
     let width = |column: usize| {
         rows.iter()
             .filter_map(|row| row.get(column))

@@ -10,7 +10,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Child, ExitCode, ExitStatus};
+use std::process::{ExitCode, ExitStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ Exit code: the command's own, or 128 + the signal that ended it; 1 (-E) when the
 126, 127 when the command cannot be started.\n\n\
 Example: tenure lock nightly-report --wait 5m -- ./report.sh"
 )]
-pub struct LockArgs {
+pub(crate) struct LockArgs {
     /// Name of the lock
     name: String,
     /// The lock ends this long after the last sign of life
@@ -112,7 +112,7 @@ impl WarnSignal {
     }
 }
 
-pub async fn run(common: &Common, args: LockArgs) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(common: &Common, args: LockArgs) -> anyhow::Result<ExitCode> {
     if let Some(supervisor) = args.child_of {
         return Err(become_command(supervisor, &args.command).into());
     }
@@ -409,6 +409,10 @@ impl Watch {
 
     fn forward(&self, target: Target, signal: Signal) {
         target.send(signal);
+        if [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT].contains(&signal) {
+            // A stopped process would act on it only when somebody continues it.
+            target.send(Signal::CONT);
+        }
         if signal == Signal::TSTP {
             // As the shell expects of what it stops. Nothing renews the lease now: whoever continues too late finds the command killed.
             let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::STOP);

@@ -1,1 +1,113 @@
-fn main() {}
+//! The one binary: the server, and every tool that talks to it.
+//!
+//! Each command is a file; `common.rs` holds what they share: endpoints, printing, exit codes.
+
+mod bench;
+mod common;
+mod kv;
+mod lock;
+mod serve;
+mod session;
+mod status;
+mod watch;
+
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Measured: the system's allocator costs a quarter more processor time per request (docs/performance.md).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Tenure makes concurrent systems correct
+///
+/// Locks with fencing tokens, sessions, versioned keys and watches in one durable, replicated service that every etcd client can use.
+#[derive(Parser)]
+#[command(name = "tenure", version, propagate_version = true, max_term_width = 110)]
+struct Cli {
+    #[command(flatten)]
+    common: common::Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start the server in the foreground
+    Serve(Box<serve::ServeArgs>),
+    /// Show how a member is
+    Status(status::StatusArgs),
+    /// Read and write keys
+    Kv(kv::KvArgs),
+    /// Follow changes of keys
+    Watch(watch::WatchArgs),
+    /// Make, list and end sessions
+    Session(session::SessionArgs),
+    /// Run a command under a lock
+    Lock(lock::LockArgs),
+    /// Measure a server, alone or beside the real etcd
+    Bench(bench::BenchArgs),
+    /// Print the completion script of a shell
+    Completion {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    match parse().and_then(run) {
+        Ok(code) => code,
+        Err(e) => common::report(&e),
+    }
+}
+
+/// Reads the arguments, a second time with what a settings file adds to them.
+fn parse() -> anyhow::Result<Cli> {
+    let all: Vec<OsString> = std::env::args_os().collect();
+    let matches = matches(&all);
+    let matches = match serve::with_file(&all, &matches)? {
+        Some(more) => self::matches(&more),
+        None => matches,
+    };
+    Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit()))
+}
+
+fn matches(all: &[OsString]) -> clap::ArgMatches {
+    Cli::command().try_get_matches_from(all).unwrap_or_else(|e| {
+        // Wrong use is 64 for every command, as the table of exit codes has it; help and version are no errors.
+        let code = if e.use_stderr() { common::exit::USAGE } else { 0 };
+        let _ = e.print();
+        std::process::exit(code.into())
+    })
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let common = cli.common;
+    match cli.command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Status(args) => block_on(status::run(&common, args)),
+        Command::Kv(args) => block_on(kv::run(&common, args)),
+        Command::Watch(args) => block_on(watch::run(&common, args)),
+        Command::Session(args) => block_on(session::run(&common, args)),
+        Command::Lock(args) => block_on(lock::run(&common, args)),
+        Command::Bench(args) => block_on(bench::run(&common, args)),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "tenure", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn block_on(work: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

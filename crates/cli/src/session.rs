@@ -10,7 +10,7 @@ use tenure_client::{Client, LeaseState, OnExpire, SessionInfo};
 use crate::common::{Common, Failure, Output, OutputArg, duration, exit, print_table};
 
 #[derive(Debug, Args)]
-pub struct SessionArgs {
+pub(crate) struct SessionArgs {
     #[command(subcommand)]
     command: SessionCommand,
 }
@@ -80,7 +80,7 @@ enum KeysThen {
     Release,
 }
 
-pub async fn run(common: &Common, args: SessionArgs) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(common: &Common, args: SessionArgs) -> anyhow::Result<ExitCode> {
     let client = common.client()?;
     match args.command {
         SessionCommand::Create { ttl, name, metadata, on_expire, id, output } => {
