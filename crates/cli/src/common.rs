@@ -167,8 +167,11 @@ fn hint_for(error: &Error) -> Option<String> {
         }
         Error::Unknown { .. } => "the change may or may not have happened: read before you try again",
         Error::Refused(problem) => match problem.code {
-            Code::Fenced => {
+            Code::Fenced if problem.holder.is_some() => {
                 "another owner has taken over since: stop, and let whoever holds the lock now do the work. Repeating with this token never succeeds"
+            }
+            Code::Fenced => {
+                "the lock was lost or freed since this token was granted: stop, and take it anew. Repeating with this token never succeeds"
             }
             Code::Held | Code::TimeoutWaiting => "wait longer with --wait, or ask `tenure session list` who is alive",
             Code::SessionExpired => "what it held is free now; make a new session and start over",
