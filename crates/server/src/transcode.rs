@@ -95,10 +95,8 @@ impl Transcoder {
         let text = |name: &str| {
             rule.get_field_by_name(name).and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
         };
-        let Some((verb, template)) = verbs
-            .into_iter()
-            .map(|(name, verb)| (verb, text(name)))
-            .find(|(_, template)| !template.is_empty())
+        let Some((verb, template)) =
+            verbs.into_iter().map(|(name, verb)| (verb, text(name))).find(|(_, template)| !template.is_empty())
         else {
             return;
         };
@@ -306,8 +304,7 @@ fn request_message(
     body: &[u8],
 ) -> Result<Bytes, Status> {
     if rule.face == Face::EtcdJson {
-        let (message, _) = etcd_json::first_message(&rule.method.input(), body)?;
-        return Ok(message.encode_to_vec().into());
+        return Ok(etcd_json::whole_message(&rule.method.input(), body)?.encode_to_vec().into());
     }
     let mut message =
         if rule.has_body { native_message(rule.method.input(), body)? } else { fields::from_query(rule, query)? };
@@ -395,7 +392,8 @@ async fn within<T>(
 
 /// An answer as JSON: names as in the proto files, defaults left out, 64-bit numbers as strings.
 fn to_json(kind: &MessageDescriptor, message: &[u8]) -> Result<(Vec<u8>, DynamicMessage), Status> {
-    let failed = |error: &dyn std::fmt::Display| Status::internal(format!("the answer cannot be told in JSON: {error}"));
+    let failed =
+        |error: &dyn std::fmt::Display| Status::internal(format!("the answer cannot be told in JSON: {error}"));
     let message = DynamicMessage::decode(kind.clone(), message).map_err(|error| failed(&error))?;
     let mut writer = serde_json::Serializer::new(Vec::new());
     let options = SerializeOptions::new().use_proto_field_name(true);

@@ -24,10 +24,7 @@ impl http_body::Body for H2Body {
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         if let Some(data) = ready!(self.0.poll_data(cx)) {
             let data = data?;
             // Fails only for a stream that is gone, which the next read tells.

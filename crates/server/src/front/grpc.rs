@@ -21,9 +21,7 @@ use tokio::time::{Instant, Sleep};
 use super::App;
 use super::body::Payload;
 use super::http2::poll_room;
-use crate::rpc::{
-    Call, Code, Face, Incoming, Method, Outgoing, OutgoingReader, Status, StreamFuture, UnaryFn,
-};
+use crate::rpc::{Call, Code, Face, Incoming, Method, Outgoing, OutgoingReader, Status, StreamFuture, UnaryFn};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");

@@ -31,10 +31,10 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 
 pub use self::body::Body;
-pub(crate) use self::route::plain;
 pub(crate) use self::body::{BoxError, full};
 pub(crate) use self::grpc::deadline;
 use self::route::TowerCall;
+pub(crate) use self::route::plain;
 use self::socket::{Socket, Version};
 use crate::metrics::{Counter, Exposition};
 use crate::pages::{Health, Pages};
@@ -199,8 +199,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 async fn connection(app: Arc<App>, stream: TcpStream, peer: SocketAddr) {
-    // Fails only for a socket that is gone already.
-    let _ = stream.set_nodelay(true);
+    prepare(&stream);
     app.figures.connections.add(1);
     let open = OpenConnection(app.clone());
     let mut socket = Socket::new(stream, app.clone());
@@ -211,6 +210,16 @@ async fn connection(app: Arc<App>, stream: TcpStream, peer: SocketAddr) {
         Ok(Err(_)) | Err(_) => {}
     }
     drop(open);
+}
+
+/// Answers leave at once, and a peer that is gone without a word is noticed, also on HTTP/1.1, which has no ping of its own.
+fn prepare(stream: &TcpStream) {
+    const SILENCE: Duration = Duration::from_secs(30);
+    const PROBES: u32 = 3;
+    let keepalive = socket2::TcpKeepalive::new().with_time(SILENCE).with_interval(SILENCE / 3).with_retries(PROBES);
+    // Both fail only for a socket that is gone already.
+    let _ = stream.set_nodelay(true);
+    let _ = socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive);
 }
 
 /// Counts an open connection, also when its task is aborted.

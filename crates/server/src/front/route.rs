@@ -61,9 +61,10 @@ pub(super) async fn dispatch(app: &Arc<App>, request: Request<Body>, peer: Socke
         };
     }
     if app.router.find(path).is_some() {
-        let kind = request.headers().get(header::CONTENT_TYPE).map_or("".into(), |kind| {
-            String::from_utf8_lossy(kind.as_bytes()).into_owned()
-        });
+        let kind = request
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .map_or("".into(), |kind| String::from_utf8_lossy(kind.as_bytes()).into_owned());
         return plain(StatusCode::UNSUPPORTED_MEDIA_TYPE, format!("invalid gRPC request content-type {kind:?}\n"));
     }
     if app.transcoder.owns(path) {

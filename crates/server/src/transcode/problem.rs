@@ -99,16 +99,12 @@ fn plain_error(status: &Status) -> Error {
     };
     // Only what was refused before it ran is known to have had no effect.
     let outcome = match status.code {
-        Code::DeadlineExceeded | Code::Cancelled | Code::Internal | Code::Unknown | Code::Unavailable => Outcome::Unknown,
+        Code::DeadlineExceeded | Code::Cancelled | Code::Internal | Code::Unknown | Code::Unavailable => {
+            Outcome::Unknown
+        }
         _ => Outcome::NotApplied,
     };
-    Error {
-        code: code.into(),
-        message: status.message.clone(),
-        retryable,
-        outcome: outcome.into(),
-        ..Error::default()
-    }
+    Error { code: code.into(), message: status.message.clone(), retryable, outcome: outcome.into(), ..Error::default() }
 }
 
 /// HTTP status by the table of `errors.proto`; an unknown code goes by its gRPC code.
