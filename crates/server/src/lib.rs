@@ -1,9 +1,365 @@
-//! The shell around one member of Tenure: sockets, HTTP and gRPC, pages, metrics.
+//! One member of Tenure with everything around it: sockets, disk, clock, the driver's thread and the doors.
+//!
+//! Promises. V1: `Server::start` returns once the member answers: an entry of its own term is applied. V2: what the doors acknowledge is
+//! applied and, unless `fsync` is off, on disk. V3: every refusal to start is one sentence that says what to do. V4: `stop` answers what
+//! is under way, or tells it as unknown, and leaves the folder closed.
+//! Not promised. Two servers on one folder: the second is refused.
+//! Leaves out. Peers, TLS and authentication: this member is alone, and reachable only where its operator lets it be.
+//!
+//! A call's way: the front (`front/`) gives bytes to a service (`etcd/`, `native/`), which makes a transaction or a read of them and
+//! hands it to the driver (`driver.rs`); the driver owns the member, carries its effects out, and answers in batches.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod disk_fs;
+mod driver;
+pub mod etcd;
 pub mod front;
+mod health;
 pub mod metrics;
+mod native;
 mod openapi;
 pub mod pages;
 pub mod rpc;
-mod transcode;
+mod span_index;
+mod status;
+pub mod transcode;
+mod watch_hub;
+
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tenure_machine::{Limit, MemberId, MemoryLimits, Op, Txn};
+use tenure_replica::{AutoCompact, Member};
+use tokio::net::TcpListener;
+use tokio::sync::{Mutex, oneshot};
+use tokio::task::JoinHandle;
+
+pub use crate::disk_fs::FolderError;
+use crate::disk_fs::FsDisk;
+pub use crate::driver::Ending;
+pub use crate::pages::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
+use crate::driver::{Driver, DriverConfig, Handle};
+use crate::front::{Front, FrontConfig};
+
+/// etcd's allowance above the request limit for a message as it arrives.
+const MESSAGE_OVERHEAD_BYTES: usize = 512 << 10;
+
+/// Everything that `serve` can be told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub name: String,
+    pub data_dir: PathBuf,
+    /// Where clients connect; port 0 lets the system choose.
+    pub listen: String,
+    /// What clients are told to connect to; the listen address if `None`.
+    pub advertise: Option<String>,
+    /// Where the other members connect. Told, not yet listened on.
+    pub peer_listen: String,
+    /// `name=host:port` of every member, with or without a scheme. Empty: this one alone.
+    pub cluster: Vec<String>,
+    /// Separates clusters that were started with equal flags.
+    pub cluster_token: String,
+    /// Listen beyond loopback although nothing authenticates clients.
+    pub insecure: bool,
+    pub memory_soft_limit: u64,
+    pub memory_hard_limit: u64,
+    pub max_request_bytes: u64,
+    pub max_txn_ops: u64,
+    pub tick: Duration,
+    pub election_timeout: Duration,
+    pub heartbeat: Duration,
+    /// A snapshot is taken after so much log.
+    pub snapshot_log_bytes: u64,
+    /// Writes are refused while the disk has less free space.
+    pub disk_reserve: u64,
+    /// Off: acknowledged writes are lost with the machine.
+    pub fsync: bool,
+    /// History is kept at least so long, and at least so many revisions, while it takes at most this share of the memory.
+    pub history: Duration,
+    pub history_revisions: u64,
+    pub history_share_percent: u64,
+    pub watch_progress_interval: Duration,
+    pub front: FrontConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: "n0".to_owned(),
+            data_dir: PathBuf::from("tenure-data"),
+            listen: "127.0.0.1:2379".to_owned(),
+            advertise: None,
+            peer_listen: "127.0.0.1:2380".to_owned(),
+            cluster: Vec::new(),
+            cluster_token: "tenure-cluster".to_owned(),
+            insecure: false,
+            memory_soft_limit: 3 << 30,
+            memory_hard_limit: 4 << 30,
+            max_request_bytes: 1536 << 10,
+            max_txn_ops: 128,
+            tick: Duration::from_millis(100),
+            election_timeout: Duration::from_millis(1000),
+            heartbeat: Duration::from_millis(100),
+            snapshot_log_bytes: 256 << 20,
+            disk_reserve: 64 << 20,
+            fsync: true,
+            history: Duration::from_secs(3600),
+            history_revisions: 10_000,
+            history_share_percent: 25,
+            watch_progress_interval: Duration::from_secs(600),
+            front: FrontConfig::default(),
+        }
+    }
+}
+
+/// Why a server did not start. Each is a sentence for its operator.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("`{address}` is not an address to listen on: {why}")]
+    Address { address: String, why: String },
+    #[error("{address} is in use: another server listens there, or has just stopped")]
+    AddressInUse { address: SocketAddr },
+    #[error("cannot listen on {address}: {error}")]
+    Listen { address: SocketAddr, error: io::Error },
+    #[error("{address} can be reached from other machines and nothing authenticates clients: listen on 127.0.0.1, or give --insecure")]
+    NotLoopback { address: SocketAddr },
+    #[error("a cluster of {0} members cannot be served yet: leave --cluster out")]
+    Cluster(usize),
+    #[error("{0}")]
+    Setting(String),
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    #[error("{0}")]
+    Member(#[from] tenure_replica::OpenError),
+    #[error(transparent)]
+    Front(#[from] front::FrontError),
+    #[error("the system gives no random numbers: {0}")]
+    Random(getrandom::Error),
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+    #[error("the member stopped while it started: {0}")]
+    Fault(String),
+}
+
+/// A running member.
+pub struct Server {
+    address: SocketAddr,
+    driver: Arc<Driver>,
+    stop_front: Mutex<Option<oneshot::Sender<()>>>,
+    front: Mutex<Option<JoinHandle<io::Result<()>>>>,
+}
+
+/// What every service needs.
+#[derive(Clone)]
+pub(crate) struct Context {
+    pub(crate) handle: Handle,
+    pub(crate) settings: Arc<Settings>,
+}
+
+impl std::ops::Deref for Context {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+/// The part of the configuration that services read, with what was found out at the start.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) name: String,
+    pub(crate) client_urls: Vec<String>,
+    pub(crate) peer_urls: Vec<String>,
+    pub(crate) max_request_bytes: usize,
+    pub(crate) max_txn_ops: usize,
+    pub(crate) memory_hard_limit: u64,
+    /// The smallest TTL of an etcd lease, in seconds.
+    pub(crate) min_lease_ttl: i64,
+    /// The smallest TTL of a native session.
+    pub(crate) min_session_ttl_ms: u64,
+    pub(crate) started: std::time::Instant,
+}
+
+impl Server {
+    /// Starts a member and waits until it answers. Needs a tokio runtime.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        check(&config)?;
+        let address = resolve(&config.listen)?;
+        if !address.ip().is_loopback() && !config.insecure {
+            return Err(StartError::NotLoopback { address });
+        }
+        let listener = TcpListener::bind(address).await.map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => StartError::AddressInUse { address },
+            _ => StartError::Listen { address, error },
+        })?;
+        let address = listener.local_addr().map_err(|error| StartError::Listen { address, error })?;
+        let disk = FsDisk::open(&config.data_dir, config.fsync)?;
+        let member_config = member_config(&config)?;
+        let opened = disk.clone();
+        // Reading a folder may take seconds; the runtime goes on meanwhile.
+        let opening = tokio::task::spawn_blocking(move || Member::open(opened, member_config, driver::now()));
+        let member = opening.await.map_err(|error| StartError::Fault(error.to_string()))??;
+        let (ready, is_ready) = oneshot::channel();
+        let driver = Driver::start(member, disk, driver_config(&config), ready).map_err(StartError::Thread)?;
+        let driver = Arc::new(driver);
+        tokio::select! {
+            Ok(()) = is_ready => {}
+            ending = driver.ended() => return Err(StartError::Fault(ending.to_string())),
+        }
+        let context = Context { handle: driver.handle.clone(), settings: Arc::new(settings(&config, address)) };
+        propose_limits(&context, &config).await;
+        let mut router = rpc::Router::new();
+        etcd::mount(&mut router, &context);
+        native::mount(&mut router, &context);
+        let mut front_config = config.front.clone();
+        front_config.message_bytes_max = config.max_request_bytes as usize + MESSAGE_OVERHEAD_BYTES;
+        let front = Front::new(router, Arc::new(health::MemberHealth::new(context)), front_config)?;
+        let (stop_front, stopped) = oneshot::channel::<()>();
+        let front = tokio::spawn(async move {
+            let stop = async {
+                let _ = stopped.await;
+            };
+            front.serve(listener, stop).await
+        });
+        Ok(Self { address, driver, stop_front: Mutex::new(Some(stop_front)), front: Mutex::new(Some(front)) })
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Ends when the member has stopped by itself, which it does only for a fault.
+    pub async fn wait(&self) -> Ending {
+        self.driver.ended().await
+    }
+
+    /// Lets calls finish, then closes the folder. May be called again.
+    pub async fn stop(&self) {
+        if let Some(stop) = self.stop_front.lock().await.take() {
+            let _ = stop.send(());
+        }
+        self.driver.handle.end_streams().await;
+        if let Some(front) = self.front.lock().await.take() {
+            match front.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "the front ended badly"),
+                Err(error) => tracing::warn!(%error, "the front ended badly"),
+            }
+        }
+        if let Ending::Fault(why) = self.driver.stop().await {
+            tracing::error!(why, "the member had stopped");
+        }
+    }
+}
+
+impl std::fmt::Display for Ending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Stopped => f.write_str("stopped"),
+            Self::Fault(why) => f.write_str(why),
+        }
+    }
+}
+
+fn check(config: &Config) -> Result<(), StartError> {
+    if config.cluster.len() > 1 {
+        return Err(StartError::Cluster(config.cluster.len()));
+    }
+    let wrong = |why: &str| Err(StartError::Setting(why.to_owned()));
+    if config.memory_soft_limit > config.memory_hard_limit {
+        return wrong("the soft memory limit is above the hard one: raise --memory-hard-limit");
+    }
+    if config.tick.is_zero() || config.election_timeout < config.heartbeat * 2 || config.heartbeat < config.tick {
+        return wrong("the election timeout must be at least two heartbeats, and a heartbeat at least one tick");
+    }
+    if config.max_request_bytes == 0 || config.max_request_bytes > 64 << 20 {
+        return wrong("--max-request-bytes must be between 1 and 64MiB");
+    }
+    if config.max_txn_ops == 0 {
+        return wrong("--max-txn-ops must be at least 1");
+    }
+    Ok(())
+}
+
+fn resolve(listen: &str) -> Result<SocketAddr, StartError> {
+    let wrong = |why: String| StartError::Address { address: listen.to_owned(), why };
+    let plain = listen.strip_prefix("http://").unwrap_or(listen);
+    let mut found = plain.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
+    found.next().ok_or_else(|| wrong("the name has no address".to_owned()))
+}
+
+fn member_config(config: &Config) -> Result<tenure_replica::Config, StartError> {
+    let mut random = [0; 32];
+    getrandom::fill(&mut random).map_err(StartError::Random)?;
+    let number = |random: &[u8]| random.iter().fold(0u64, |n, &byte| n << 8 | u64::from(byte));
+    let mut more = [0; 16];
+    getrandom::fill(&mut more).map_err(StartError::Random)?;
+    let ticks = |length: Duration| (length.as_millis() / config.tick.as_millis()).max(1);
+    let own = member_id(&config.name, &config.cluster_token);
+    Ok(tenure_replica::Config {
+        cluster_token: config.cluster_token.clone(),
+        peers: vec![(own, config.name.clone(), config.peer_listen.clone())],
+        tick_ms: config.tick.as_millis() as u64,
+        election_ticks: ticks(config.election_timeout) as _,
+        heartbeat_ticks: ticks(config.heartbeat) as _,
+        seed: number(&more[..8]),
+        snapshot_log_bytes: config.snapshot_log_bytes,
+        disk_reserve_bytes: config.disk_reserve,
+        max_request_bytes: config.max_request_bytes as usize,
+        memory: MemoryLimits { soft: config.memory_soft_limit, hard: config.memory_hard_limit },
+        autocompact: Some(AutoCompact {
+            keep_ms: config.history.as_millis() as u64,
+            keep_revisions: config.history_revisions,
+            history_share_percent: config.history_share_percent,
+        }),
+        ..tenure_replica::Config::alone(own, &config.name, number(&more[8..]), random)
+    })
+}
+
+/// An id that follows from name and token, so that every member of a static start computes the same (FNV-1a; never zero).
+fn member_id(name: &str, token: &str) -> MemberId {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in token.bytes().chain([0]).chain(name.bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    MemberId((hash >> 1).max(1))
+}
+
+fn driver_config(config: &Config) -> DriverConfig {
+    DriverConfig {
+        fragment_bytes: config.max_request_bytes as usize + MESSAGE_OVERHEAD_BYTES,
+        watch_progress_ms: config.watch_progress_interval.as_millis() as u64,
+    }
+}
+
+fn settings(config: &Config, address: SocketAddr) -> Settings {
+    let election_ms = config.election_timeout.as_millis() as u64;
+    let url = |address: &str| if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
+    Settings {
+        name: config.name.clone(),
+        client_urls: vec![url(config.advertise.as_deref().unwrap_or(&address.to_string()))],
+        peer_urls: vec![url(&config.peer_listen)],
+        max_request_bytes: config.max_request_bytes as usize,
+        max_txn_ops: config.max_txn_ops as usize,
+        memory_hard_limit: config.memory_hard_limit,
+        // One and a half election timeouts, in whole seconds.
+        min_lease_ttl: (election_ms * 3 / 2).div_ceil(1000).max(1) as i64,
+        min_session_ttl_ms: (election_ms * 3 / 2).max(1000),
+        started: std::time::Instant::now(),
+    }
+}
+
+/// Limits that apply reads are state: a flag that differs proposes its value.
+async fn propose_limits(context: &Context, config: &Config) {
+    let wanted = config.max_txn_ops;
+    let Ok(current) = context.query(true, |view| view.machine.limit(Limit::TxnOps)).await else { return };
+    if current != wanted
+        && let Err(failure) = context.write(Txn::of(Op::SetLimit { limit: Limit::TxnOps, value: wanted })).await
+    {
+        tracing::warn!(?failure, "the limit of operations per transaction could not be set");
+    }
+}

@@ -1,0 +1,50 @@
+//! A member in a temporary folder, reached by generated clients over loopback.
+
+#![allow(clippy::unwrap_used)]
+
+mod etcd;
+mod folder;
+mod native;
+mod watch;
+
+use std::path::Path;
+
+use tenure_server::{Config, Server};
+use tonic::transport::Channel;
+
+/// A server on a port of its own, and its folder.
+struct Fixture {
+    server: Server,
+    folder: tempfile::TempDir,
+}
+
+impl Fixture {
+    async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(folder.path());
+        change(&mut config);
+        let server = Server::start(config).await.unwrap();
+        Self { server, folder }
+    }
+
+    /// Stops, and starts on the same folder.
+    async fn restart(self) -> Self {
+        self.server.stop().await;
+        drop(self.server);
+        let server = Server::start(config(self.folder.path())).await.unwrap();
+        Self { server, folder: self.folder }
+    }
+
+    async fn channel(&self) -> Channel {
+        let uri = format!("http://{}", self.server.address());
+        Channel::from_shared(uri).unwrap().connect().await.unwrap()
+    }
+}
+
+fn config(folder: &Path) -> Config {
+    Config { data_dir: folder.to_owned(), listen: "127.0.0.1:0".to_owned(), ..Config::default() }
+}
