@@ -277,7 +277,8 @@ impl Log {
             let mut body = Vec::new();
             record::put_entries(&mut body, recovered.hard_state.commit, &recovered.entries);
             let whole = Record { kind: Kind::Entries, synced: 0, body: body.into() };
-            self.begin(disk, (0, 0), recovered.before, &[whole])?;
+            let records = if recovered.entries.is_empty() { &[][..] } else { &[whole] };
+            self.begin(disk, (0, 0), recovered.before, records)?;
             return Ok(segments.iter().map(|s| s.id).collect());
         }
         let previous = segments.back().map_or((0, 0), |s| (s.id, s.end));
@@ -412,9 +413,9 @@ impl Log {
         self.put(Kind::Compact, |out| record::put_numbers(out, &[index, term]));
     }
 
-    /// Whether the last batch is on disk without a word there that says so.
+    /// Whether the last batch is on disk without a word there that says so, or something waits for the next batch.
     pub(crate) fn wants_mark(&self) -> bool {
-        self.proven < self.synced && self.starts.is_empty()
+        self.proven < self.synced || !self.starts.is_empty()
     }
 
     pub(crate) fn synced_mark(&mut self) {
@@ -589,7 +590,7 @@ impl Log {
         term_of: impl Fn(u64) -> Option<u64>,
     ) -> Result<Vec<Entry>, Fault> {
         let (mut entries, mut bytes) = (Vec::new(), 0);
-        for (segment, from) in self.from_mark(low) {
+        for (segment, from) in self.read_places(low) {
             let file = segment_file(segment.id);
             let data = disk.read(&file, 0, segment.end as usize).map_err(|error| Fault::Disk {
                 doing: "read",
@@ -626,7 +627,7 @@ impl Log {
     }
 
     /// The segments to read, and from where, to find `index`: from the last noted record that begins at or before it.
-    fn from_mark(&self, index: u64) -> impl Iterator<Item = (&Segment, u32)> {
+    fn read_places(&self, index: u64) -> impl Iterator<Item = (&Segment, u32)> {
         let found = self.segments.iter().enumerate().rev().find_map(|(place, s)| {
             let mark = s.marks.iter().rev().find(|&&(first, _)| first <= index)?;
             Some((place, mark.1))
@@ -638,7 +639,8 @@ impl Log {
 }
 
 fn first_entry(record: &Record) -> Option<u64> {
-    (record.kind == Kind::Entries && record.body.len() >= 16).then(|| record::le_u64(&record.body, 8))
+    let some = record.kind == Kind::Entries && record.body.len() > 20;
+    some.then(|| record::le_u64(&record.body, 8))
 }
 
 /// The files of a log, sorted out by their headers.
@@ -833,4 +835,99 @@ fn read_segment(
 /// Whether something of this life of the file stands where its records end: a write that a crash cut.
 fn torn(data: &Bytes, at: usize, id: u64) -> bool {
     data.get(at..at + record::RECORD_HEADER).is_some_and(|header| record::le_u64(header, 8) == id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::MemoryDisk;
+
+    const SIZES: Sizes = Sizes { first_segment: 8 << 10, segment: 8 << 10 };
+
+    fn identity() -> Identity {
+        Identity { cluster: "c".to_owned(), member: 1, storage: [1; 16] }
+    }
+
+    fn entry(index: u64, term: u64, len: usize) -> Entry {
+        Entry { index, term, data: vec![index as u8; len].into(), ..Entry::default() }
+    }
+
+    fn new_log(disk: &mut MemoryDisk) -> Log {
+        Log::create(disk, &identity(), SIZES, ConfState::from((vec![1], vec![]))).unwrap()
+    }
+
+    fn write(log: &mut Log, disk: &mut MemoryDisk, entries: &[Entry]) {
+        log.entries(entries);
+        log.flush(disk).unwrap();
+        if let Some(job) = log.prepare() {
+            let crate::JobDone::SegmentPrepared { id, bytes, result } = crate::run_job(disk, job) else { panic!() };
+            log.prepared(id, bytes, result.is_ok());
+        }
+    }
+
+    fn terms(recovered: &Recovered) -> Vec<(u64, u64)> {
+        recovered.entries.iter().map(|e| (e.index, e.term)).collect()
+    }
+
+    #[test]
+    fn entries_that_were_replaced_stay_replaced() {
+        let mut disk = MemoryDisk::new();
+        let mut log = new_log(&mut disk);
+        write(&mut log, &mut disk, &[entry(1, 1, 9), entry(2, 1, 9), entry(3, 1, 9)]);
+        log.hard_state(&HardState { term: 2, vote: 3, commit: 1 });
+        write(&mut log, &mut disk, &[entry(2, 2, 9)]);
+        write(&mut log, &mut disk, &[entry(3, 3, 9), entry(4, 3, 9)]);
+        for _ in 0..3 {
+            let (_, recovered) = Log::open(&mut disk, &identity(), SIZES, 0).unwrap();
+            assert_eq!(terms(&recovered), [(1, 1), (2, 2), (3, 3), (4, 3)]);
+            assert_eq!(recovered.hard_state, HardState { term: 2, vote: 3, commit: 1 });
+            assert_eq!(recovered.conf.1.voters, [1]);
+        }
+    }
+
+    #[test]
+    fn a_long_log_is_continued_behind_a_copy_of_its_unproven_tail() {
+        let mut disk = MemoryDisk::new();
+        let mut log = new_log(&mut disk);
+        for i in 1..=400 {
+            write(&mut log, &mut disk, &[entry(i, 1 + i / 100, 1000)]);
+        }
+        let before = log.segments();
+        assert!(before > 40);
+        for round in 0..3 {
+            let (mut log, recovered) = Log::open(&mut disk, &identity(), SIZES, 0).unwrap();
+            let last = 400 + round;
+            assert_eq!(terms(&recovered), (1..=last).map(|i| (i, 1 + i.min(400) / 100)).collect::<Vec<_>>());
+            write(&mut log, &mut disk, &[entry(last + 1, 5, 1000)]);
+            // Old entries are read back from any place, replaced or not.
+            for low in [1, 2, 77, 250, 399] {
+                let read = log.read(&mut disk, low, low + 3, 1 << 20, |i| Some(1 + i.min(400) / 100)).unwrap();
+                assert_eq!(
+                    read.iter().map(|e| e.index).collect::<Vec<_>>(),
+                    (low..(low + 3).min(last + 2)).collect::<Vec<_>>()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn only_what_no_snapshot_covers_is_kept() {
+        let mut disk = MemoryDisk::new();
+        let mut log = new_log(&mut disk);
+        for i in 1..=400 {
+            write(&mut log, &mut disk, &[entry(i, 1, 1000)]);
+        }
+        log.compact(200, 1);
+        log.flush(&mut disk).unwrap();
+        let jobs = log.release(201);
+        assert!(jobs.len() > 10);
+        // A crash may come between any two of the jobs.
+        for job in jobs {
+            crate::run_job(&mut disk, job);
+            let (_, recovered) = Log::open(&mut disk.copy(), &identity(), SIZES, 200).unwrap();
+            assert_eq!((recovered.before, recovered.last()), ((200, 1), (400, 1)));
+        }
+        let error = Log::open(&mut disk, &identity(), SIZES, 150).err().unwrap();
+        assert!(error.to_string().contains("the log begins at entry 201, but the snapshot ends at 150"), "{error}");
+    }
 }

@@ -7,15 +7,15 @@ use tenure_machine::{
 };
 
 /// A member, its folder, its clock, and a worker that runs jobs when told.
-struct Rig {
-    disk: MemoryDisk,
-    member: Member<MemoryDisk>,
-    now: u64,
-    out: Effects,
+pub(super) struct Rig {
+    pub(super) disk: MemoryDisk,
+    pub(super) member: Member<MemoryDisk>,
+    pub(super) now: u64,
+    pub(super) out: Effects,
     jobs: VecDeque<Job>,
 }
 
-fn config(boot: u64) -> Config {
+pub(super) fn config(boot: u64) -> Config {
     let mut random = [7; 32];
     random[16..].fill(9);
     Config { disk_reserve_bytes: 0, ..Config::alone(MemberId(1), "n0", boot, random) }
@@ -30,7 +30,7 @@ fn key(name: &str) -> Key {
     Key::new(Space::Keys, NamespaceId::DEFAULT, name.as_bytes())
 }
 
-fn put(name: &str, value: &[u8]) -> Txn {
+pub(super) fn put(name: &str, value: &[u8]) -> Txn {
     Txn::of(Op::Put(Put {
         key: key(name),
         value: value.into(),
@@ -41,7 +41,7 @@ fn put(name: &str, value: &[u8]) -> Txn {
     }))
 }
 
-fn session(id: u64, ttl_ms: u64) -> SessionCreate {
+pub(super) fn session(id: u64, ttl_ms: u64) -> SessionCreate {
     SessionCreate {
         id: SessionId(id),
         face: SessionFace::Etcd,
@@ -54,7 +54,7 @@ fn session(id: u64, ttl_ms: u64) -> SessionCreate {
     }
 }
 
-fn acquire(session: u64, wait: Wait) -> Txn {
+pub(super) fn acquire(session: u64, wait: Wait) -> Txn {
     Txn::of(Op::LockAcquire(LockAcquire {
         name: b"l"[..].into(),
         session: SessionId(session),
@@ -66,12 +66,12 @@ fn acquire(session: u64, wait: Wait) -> Txn {
 }
 
 impl Rig {
-    fn new(config: Config) -> Self {
+    pub(super) fn new(config: Config) -> Self {
         Self::on(MemoryDisk::new(), config)
     }
 
     /// Opens and elects.
-    fn on(disk: MemoryDisk, config: Config) -> Self {
+    pub(super) fn on(disk: MemoryDisk, config: Config) -> Self {
         let member = Member::open(disk.clone(), config, Millis(0)).unwrap();
         let mut rig = Self { disk, member, now: 0, out: Effects::default(), jobs: VecDeque::new() };
         rig.poll();
@@ -79,7 +79,7 @@ impl Rig {
         rig
     }
 
-    fn poll(&mut self) -> Vec<(Ticket, Answer)> {
+    pub(super) fn poll(&mut self) -> Vec<(Ticket, Answer)> {
         self.member.poll(Millis(self.now), &mut self.out).unwrap();
         self.jobs.extend(self.out.jobs.drain(..));
         self.out.changes.clear();
@@ -87,7 +87,7 @@ impl Rig {
     }
 
     /// Lets time pass as the driver would: it polls when it is told to.
-    fn pass(&mut self, ms: u64) -> Vec<(Ticket, Answer)> {
+    pub(super) fn pass(&mut self, ms: u64) -> Vec<(Ticket, Answer)> {
         let end = self.now + ms;
         let mut answers = Vec::new();
         loop {
@@ -126,7 +126,7 @@ impl Rig {
         self.run(txn).result.unwrap().results
     }
 
-    fn value(&self, name: &str) -> Option<Vec<u8>> {
+    pub(super) fn value(&self, name: &str) -> Option<Vec<u8>> {
         self.member.machine().get(&key(name)).map(|r| r.value().to_vec())
     }
 
@@ -135,7 +135,7 @@ impl Rig {
     }
 
     /// What a crash of the machine leaves.
-    fn crash(&self) -> MemoryDisk {
+    pub(super) fn crash(&self) -> MemoryDisk {
         let disk = self.disk.copy();
         disk.crash();
         disk
@@ -821,5 +821,63 @@ fn three_members_elect_replicate_fail_over_and_agree() {
     for member in &group.members {
         assert!(member.machine().get(&key("a")).is_some() && member.machine().get(&key("b")).is_some());
         assert!(member.machine().get(&key("lost")).is_none());
+    }
+}
+
+#[test]
+fn a_member_can_move_to_the_thread_that_owns_it() {
+    fn sendable<T: Send>(_: &T) {}
+    sendable(&Rig::new(config(1)).member);
+}
+
+#[test]
+fn a_slow_member_is_caught_up_from_the_files() {
+    let mut group = Group::new();
+    let leader = group.leader();
+    group.cut = vec![(leader + 1) % 3];
+    for i in 0..24 {
+        let value = vec![i; 1 << 20];
+        group.members[leader].submit(put("big", &value)).unwrap();
+        group.step();
+    }
+    group.cut.clear();
+    for _ in 0..100 {
+        group.step();
+    }
+    let sums: Vec<_> = group.members.iter().map(|m| (m.machine().checksum(), m.machine().revision())).collect();
+    assert!(sums.iter().all(|s| *s == sums[0] && s.1.0 > 20), "{sums:?}");
+}
+
+#[test]
+fn a_deposed_leader_neither_renews_nor_expires() {
+    let mut group = Group::new();
+    let first = group.leader();
+    let create = Txn::of(Op::SessionCreate(session(5, 3_000)));
+    let created = group.members[first].submit(create).unwrap();
+    assert!((0..20).any(|_| group.step().iter().any(|(t, _)| *t == created)));
+    group.cut = vec![first];
+    let at_deposed = group.members[first].renew(SessionId(5));
+    let mut deposed_said = Vec::new();
+    let mut second = None;
+    for step in 0..80 {
+        if second.is_none() {
+            second = (0..3).find(|i| *i != first && group.members[*i].is_leader());
+        }
+        let renewal = second.filter(|_| step % 5 == 0).map(|leader| group.members[leader].renew(SessionId(5)));
+        let answers = group.step();
+        deposed_said.extend(answers.iter().filter(|(t, _)| *t == at_deposed).map(|(_, a)| a.clone()));
+        if let Some((_, Answer::Renewed(result))) = answers.iter().find(|(t, _)| Some(*t) == renewal) {
+            assert!(result.is_ok(), "step {step}: {result:?}");
+        }
+    }
+    assert!(matches!(deposed_said[..], [Answer::Refused(Refusal::NoQuorum)]), "{deposed_said:?}");
+    group.cut.clear();
+    let second = second.unwrap();
+    for _ in 0..10 {
+        group.members[second].renew(SessionId(5));
+        group.step();
+    }
+    for member in &group.members {
+        assert!(member.machine().session(SessionId(5)).is_some(), "nobody ended it: it was renewed all the time");
     }
 }
