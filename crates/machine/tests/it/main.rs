@@ -3,5 +3,6 @@
 
 mod equal;
 mod golden;
+mod limits;
 mod model;
 mod script;

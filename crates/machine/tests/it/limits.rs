@@ -1,0 +1,162 @@
+//! What is judged before proposing, and what the log says of itself.
+
+use tenure_machine::*;
+
+fn put(key: &str, value: usize) -> Op {
+    Op::Put(Put {
+        key: Key::new(Space::Keys, NamespaceId::DEFAULT, key.as_bytes()),
+        value: vec![0; value].into(),
+        session: SessionId(0),
+        prev: false,
+        keep_value: false,
+        keep_session: false,
+    })
+}
+
+struct Log {
+    machine: Machine,
+    index: u64,
+}
+
+impl Log {
+    fn new() -> Self {
+        Self { machine: Machine::new(), index: 0 }
+    }
+
+    fn apply(&mut self, op: Op) -> Reply {
+        self.index += 1;
+        let batch =
+            Batch { behaviour: 1, stamp: LogTime(self.index), origin: Origin::default(), txns: vec![Txn::of(op)] };
+        let mut out = Applied::default();
+        let at = Position { index: Index(self.index), term: Term(1) };
+        self.machine.apply(at, batch, &mut out).unwrap();
+        out.replies.pop().unwrap().1
+    }
+}
+
+/// Above the hard limit nothing grows; what frees memory is admitted, and apply itself never refuses.
+#[test]
+fn a_full_member_admits_what_frees_memory() {
+    let mut log = Log::new();
+    log.machine.set_memory_limits(MemoryLimits { soft: 50_000, hard: 100_000 });
+    let big = Txn::of(put("a", 60_000));
+    log.machine.admit(&big).unwrap();
+    log.apply(put("a", 60_000)).result.unwrap();
+    let refused = log.machine.admit(&big).unwrap_err();
+    assert_eq!((refused.what, refused.limit), ("bytes of memory", 100_000));
+    log.apply(put("b", 60_000)).result.unwrap();
+    assert!(log.machine.memory().used > 100_000);
+    let span = Span::one(Key::new(Space::Keys, NamespaceId::DEFAULT, b"a"));
+    let name: Box<[u8]> = Box::from(*b"l");
+    let freeing = [
+        Op::Delete(Delete { span: span.clone(), prev: false }),
+        Op::Compact { revision: 2 },
+        Op::SessionEnd { session: SessionId(7), token: None },
+        Op::SessionExpire { session: SessionId(7), token: 1, term: Term(1) },
+        Op::LockRelease { name: name.clone(), session: SessionId(7), token: Revision(1) },
+        Op::LockCancel { name, session: SessionId(7), request: None },
+    ];
+    for op in freeing {
+        log.machine.admit(&Txn::of(op)).unwrap();
+    }
+    assert!(log.machine.admit(&Txn::of(put("c", 0))).is_err());
+    log.apply(Op::Delete(Delete { span, prev: false })).result.unwrap();
+    let now = log.machine.revision().0 as i64;
+    log.apply(Op::Compact { revision: now }).result.unwrap();
+    while log.machine.maintain(10) {}
+    log.machine.admit(&Txn::of(put("c", 1_000))).unwrap();
+}
+
+/// Where history takes more than its share, the oldest of it goes, whatever its age.
+#[test]
+fn history_is_compacted_by_its_share_of_memory() {
+    let mut log = Log::new();
+    for _ in 0..100 {
+        log.apply(put("a", 1_000)).result.unwrap();
+    }
+    assert_eq!(log.machine.autocompact(3_600_000, 10_000, 25), None, "no limit, no share");
+    log.machine.set_memory_limits(MemoryLimits { soft: 0, hard: 200_000 });
+    let to = log.machine.autocompact(3_600_000, 10_000, 25).unwrap();
+    assert!(to > Revision(20) && to < Revision(80), "{to}");
+    log.apply(Op::Compact { revision: to.0 as i64 }).result.unwrap();
+    while log.machine.maintain(10) {}
+    let memory = log.machine.memory();
+    assert!(memory.history < 60_000, "{memory:?}");
+    assert_eq!(memory.used, memory.records + memory.history);
+}
+
+/// One byte of one value makes another checksum, and so does a session that takes no revision.
+#[test]
+fn the_checksum_sees_every_change() {
+    let mut sums = std::collections::BTreeSet::new();
+    let lease = |id| {
+        Op::SessionCreate(SessionCreate {
+            id: SessionId(id),
+            face: SessionFace::Etcd,
+            ttl_ms: 2000,
+            on_expire: OnExpire::Delete,
+            name: "".into(),
+            metadata: Vec::new(),
+            alias: None,
+            secret: None,
+        })
+    };
+    for op in [put("a", 1), put("a", 2), put("b", 1), lease(1), lease(2)] {
+        let mut log = Log::new();
+        log.apply(op).result.unwrap();
+        sums.insert(log.machine.checksum());
+    }
+    assert_eq!(sums.len(), 5);
+}
+
+/// The marks for compaction are bounded, and old ones stay usable.
+#[test]
+fn marks_are_bounded() {
+    let mut log = Log::new();
+    for n in 1..=20_000u64 {
+        let batch = Batch {
+            behaviour: 1,
+            stamp: LogTime(n * 60_000),
+            origin: Origin::default(),
+            txns: vec![Txn::of(put("a", 0))],
+        };
+        let at = Position { index: Index(n), term: Term(1) };
+        log.machine.apply(at, batch, &mut Applied::default()).unwrap();
+    }
+    let minutes_kept = |minutes: u64| log.machine.autocompact(minutes * 60_000, 0, 100).unwrap().0;
+    let exact = |minutes: u64| log.machine.revision().0 - minutes;
+    for minutes in [1, 100, 9_000, 19_000] {
+        let (found, exact) = (minutes_kept(minutes), exact(minutes));
+        assert!(found <= exact && found + 16 > exact, "{minutes}: {found} instead of {exact}");
+    }
+}
+
+/// Wide catch-up of the native space comes in whole revisions.
+#[test]
+fn native_changes_come_in_slices() {
+    let mut log = Log::new();
+    for id in 1..=50 {
+        log.apply(Op::SessionCreate(SessionCreate {
+            id: SessionId(id),
+            face: SessionFace::Native,
+            ttl_ms: 2000,
+            on_expire: OnExpire::Delete,
+            name: "".into(),
+            metadata: Vec::new(),
+            alias: None,
+            secret: None,
+        }))
+        .result
+        .unwrap();
+    }
+    let all =
+        Span { start: Key::from_bytes(&[Space::Native as u8]), end: Some(Key::from_bytes(&[Space::Native as u8 + 1])) };
+    let (mut from, mut seen, mut slices) = (Revision(0), 0, 0);
+    while from <= log.machine.revision() {
+        let slice = log.machine.changes(&all, from, 500).unwrap();
+        assert!(slice.next > from);
+        (from, seen, slices) = (slice.next, seen + slice.changes.len(), slices + 1);
+    }
+    assert_eq!(seen, 50);
+    assert!(slices > 5);
+}
