@@ -218,7 +218,8 @@ impl Header {
             return Err(HeaderError::None);
         }
         let len = le_u32(head, 12) as usize;
-        let body = bytes.get(20..len.clamp(20, HEADER_BYTES)).ok_or(HeaderError::None)?;
+        // A length that lies, as in a file of our magic and zeros, is no header and no panic.
+        let body = bytes.get(20..len).filter(|_| len <= HEADER_BYTES).ok_or(HeaderError::None)?;
         let format = u16::from_le_bytes([head[8], head[9]]);
         if crc32c::crc32c(body) != le_u32(head, 16) {
             return Err(HeaderError::None);
@@ -380,6 +381,8 @@ mod tests {
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert!(Header::decode(&Bytes::from(flipped)).is_err(), "bit {bit}");
         }
+        let zeros = [&bytes[..12], &[0; HEADER_BYTES - 12]].concat();
+        assert_eq!(Header::decode(&Bytes::from(zeros)), Err(HeaderError::None), "magic, version and nothing else");
         let mut newer = bytes;
         newer[8] = 2;
         assert_eq!(Header::decode(&Bytes::from(newer)), Err(HeaderError::Format(2)));
