@@ -49,15 +49,8 @@ fn one(tally: &mut Tally, chore: &str, rest: &[&str]) -> bool {
         "diff-etcd" => diff_etcd(tally, rest),
         "clients" => clients(tally),
         "kill-loop" => kill_loop(tally, rest.first().copied().unwrap_or("50")),
-        "codegen" => tally.step("codegen", |t| {
-            t.cargo(
-                &[
-                    &["run", "--quiet", "--package", "tenure-codegen", "--"],
-                    rest,
-                ]
-                .concat(),
-            )
-        }),
+        "codegen" => tally
+            .step("codegen", |t| t.cargo(&[&["run", "--quiet", "--package", "tenure-codegen", "--"], rest].concat())),
         "tidy" => tally.step("tidy", |_| tidy::check(&root())),
         "deny" => deny(tally),
         "bench" => bench(tally, rest),
@@ -72,38 +65,15 @@ fn test(tally: &mut Tally) {
     tally.step("formatting", |t| t.cargo(&["fmt", "--all", "--check"]));
     tally.step("tidy", |_| tidy::check(&root()));
     tally.step("generated code is fresh", |t| {
-        t.cargo(&[
-            "run",
-            "--quiet",
-            "--package",
-            "tenure-codegen",
-            "--",
-            "--check",
-        ])
+        t.cargo(&["run", "--quiet", "--package", "tenure-codegen", "--", "--check"])
     });
-    tally.step("build", |t| {
-        t.cargo(&["build", "--workspace", "--all-targets"])
-    });
-    tally.step("clippy", |t| {
-        t.cargo(&[
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ])
-    });
+    tally.step("build", |t| t.cargo(&["build", "--workspace", "--all-targets"]));
+    tally.step("clippy", |t| t.cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
     tally.step("documentation", |t| {
-        t.cargo_with(
-            &["doc", "--workspace", "--no-deps"],
-            &[("RUSTDOCFLAGS", "-D warnings")],
-        )
+        t.cargo_with(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])
     });
     deny(tally);
-    tally.step("unit, script and integration tests", |t| {
-        t.cargo(&["test", "--workspace", "--no-fail-fast"])
-    });
+    tally.step("unit, script and integration tests", |t| t.cargo(&["test", "--workspace", "--no-fail-fast"]));
     sim(tally, &[]);
     diff_etcd(tally, &[]);
     clients(tally);
@@ -114,25 +84,15 @@ fn quick(tally: &mut Tally) {
     let pure = ["-p", "tenure-machine", "-p", "tenure-replica"];
     tally.step("formatting", |t| t.cargo(&["fmt", "--all", "--check"]));
     tally.step("clippy of the pure crates", |t| {
-        t.cargo(
-            &[
-                &["clippy", "--all-targets"],
-                &pure[..],
-                &["--", "-D", "warnings"],
-            ]
-            .concat(),
-        )
+        t.cargo(&[&["clippy", "--all-targets"], &pure[..], &["--", "-D", "warnings"]].concat())
     });
-    tally.step("tests of the pure crates", |t| {
-        t.cargo(&[&["test"], &pure[..]].concat())
-    });
+    tally.step("tests of the pure crates", |t| t.cargo(&[&["test"], &pure[..]].concat()));
 }
 
 fn sim(tally: &mut Tally, rest: &[&str]) {
     let args = if rest.is_empty() { &["ci"][..] } else { rest };
-    tally.step("simulated members", |t| {
-        t.cargo(&[&["run", "--quiet", "--package", "tenure-sim", "--"], args].concat())
-    });
+    tally
+        .step("simulated members", |t| t.cargo(&[&["run", "--quiet", "--package", "tenure-sim", "--"], args].concat()));
 }
 
 fn deny(tally: &mut Tally) {
@@ -140,45 +100,41 @@ fn deny(tally: &mut Tally) {
         let Some(deny) = tools::cargo_deny(t) else {
             return Outcome::failed("cargo-deny could not be installed");
         };
-        println!(
-            "advisories: skipped, the database is a repository that cannot be reached from here"
-        );
+        println!("advisories: skipped, the database is a repository that cannot be reached from here");
         t.command(&deny, &["check", "bans", "licenses", "sources"])
     });
 }
 
 fn diff_etcd(tally: &mut Tally, rest: &[&str]) {
-    let Some(etcd) = etcd_tools(tally) else {
-        return;
-    };
-    let subject = tenure(tally);
-    tally.step("the same operations against etcd and against us", |t| {
-        t.in_folder("tests")
-            .with("ETCD_BIN", &etcd)
-            .with("TENURE_BIN", &subject)
-            .command_env("go", &[&["run", "./etcd/diff"], rest].concat())
-    });
+    let args = if rest.is_empty() { &["-seeds", "100", "-budget", "100s"][..] } else { rest };
+    real_client(tally, "the same operations against etcd and against us", "diff", args);
 }
 
 fn clients(tally: &mut Tally) {
-    let Some(etcd) = etcd_tools(tally) else {
-        return;
-    };
     let subject = tenure(tally);
-    tally.step("unmodified Go client and etcdctl", |t| {
-        t.in_folder("tests")
-            .with("ETCD_BIN", &etcd)
-            .with("TENURE_BIN", &subject)
-            .command_env("go", &["test", "-count=1", "./clients/..."])
+    tally.step("the unmodified Go client", |t| {
+        t.in_folder("tests").with("SUBJECT_CMD", &subject).command("go", &["test", "-count=1", "./clients/..."])
     });
+    real_client(tally, "the unmodified etcdctl", "ctl", &[]);
 }
 
 fn kill_loop(tally: &mut Tally, rounds: &str) {
+    real_client(tally, "kill -9 in a loop under load", "killloop", &["-rounds", rounds, "-budget", "170s"]);
+}
+
+/// Runs one of the programs of tests/etcd with the real etcd as the reference and us as the subject.
+fn real_client(tally: &mut Tally, name: &str, program: &str, args: &[&str]) {
+    let Some(tools) = etcd_tools(tally) else { return };
     let subject = tenure(tally);
-    tally.step("kill -9 in a loop under load", |t| {
-        t.in_folder("tests")
-            .with("TENURE_BIN", &subject)
-            .command_env("go", &["run", "./etcd/killloop", "-rounds", rounds])
+    tally.step(name, |t| {
+        let built = format!("{tools}/{program}");
+        let t = t.in_folder("tests");
+        t.command("go", &["build", "-o", &built, &format!("./etcd/{program}")]).and(|| {
+            t.with("REF_CMD", &format!("{tools}/etcd"))
+                .with("ETCDCTL", &format!("{tools}/etcdctl"))
+                .with("SUBJECT_CMD", &subject)
+                .command(&built, args)
+        })
     });
 }
 
@@ -189,12 +145,7 @@ fn bench(tally: &mut Tally, rest: &[&str]) {
     tally.step("release build", |t| t.cargo(&["build", "--release"]));
     let tenure = root().join("target/release/tenure").display().to_string();
     let etcd = format!("{etcd}/etcd");
-    tally.step("bench", |t| {
-        t.command(
-            &tenure,
-            &[&["bench", "compare", "--etcd", &etcd], rest].concat(),
-        )
-    });
+    tally.step("bench", |t| t.command(&tenure, &[&["bench", "compare", "--etcd", &etcd], rest].concat()));
 }
 
 /// The folder with the real etcd, etcdctl and etcdutl, built from their Go modules.
@@ -206,8 +157,6 @@ fn etcd_tools(tally: &mut Tally) -> Option<String> {
 
 /// The program under test, of the profile that the other tests built.
 fn tenure(tally: &mut Tally) -> String {
-    tally.quiet_step("build tenure", |t| {
-        t.cargo(&["build", "--quiet", "--package", "tenure"])
-    });
+    tally.quiet_step("build tenure", |t| t.cargo(&["build", "--quiet", "--package", "tenure"]));
     root().join("target/debug/tenure").display().to_string()
 }

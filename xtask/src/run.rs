@@ -21,18 +21,11 @@ pub(crate) struct Outcome {
 
 impl Outcome {
     pub(crate) fn failed(why: &str) -> Self {
-        Self {
-            failed: 1,
-            complaint: Some(why.to_owned()),
-            ..Self::default()
-        }
+        Self { failed: 1, complaint: Some(why.to_owned()), ..Self::default() }
     }
 
     pub(crate) fn ok() -> Self {
-        Self {
-            passed: 1,
-            ..Self::default()
-        }
+        Self { passed: 1, ..Self::default() }
     }
 
     /// Both must be well.
@@ -59,10 +52,7 @@ impl Tally {
         self.passed += outcome.passed;
         self.failed += outcome.failed;
         if outcome.failed > 0 {
-            self.failures.push(format!(
-                "{name}: {}",
-                outcome.complaint.as_deref().unwrap_or("tests failed")
-            ));
+            self.failures.push(format!("{name}: {}", outcome.complaint.as_deref().unwrap_or("tests failed")));
         }
         println!(
             "== {name}: {} passed, {} failed in {:.0} s",
@@ -81,10 +71,7 @@ impl Tally {
         let outcome = step(&Runner::default());
         if outcome.failed > 0 {
             self.failed += 1;
-            self.failures.push(format!(
-                "{name}: {}",
-                outcome.complaint.as_deref().unwrap_or("failed")
-            ));
+            self.failures.push(format!("{name}: {}", outcome.complaint.as_deref().unwrap_or("failed")));
             return false;
         }
         self.done.push(name.to_owned());
@@ -97,11 +84,7 @@ impl Tally {
             println!("FAILED {failure}");
         }
         println!("{} passed, {} failed", self.passed, self.failed);
-        if self.failed == 0 {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::FAILURE
-        }
+        if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
 }
 
@@ -114,10 +97,7 @@ pub(crate) struct Runner {
 
 impl Runner {
     pub(crate) fn in_folder(&self, folder: &str) -> Self {
-        Self {
-            folder: Some(folder.to_owned()),
-            ..self.clone()
-        }
+        Self { folder: Some(folder.to_owned()), ..self.clone() }
     }
 
     pub(crate) fn with(mut self, name: &str, value: &str) -> Self {
@@ -130,23 +110,14 @@ impl Runner {
     }
 
     pub(crate) fn cargo_with(&self, args: &[&str], environment: &[(&str, &str)]) -> Outcome {
-        let with = environment
-            .iter()
-            .fold(self.clone(), |r, (name, value)| r.with(name, value));
+        let with = environment.iter().fold(self.clone(), |r, (name, value)| r.with(name, value));
         with.command(env!("CARGO"), args)
-    }
-
-    pub(crate) fn command_env(&self, program: &str, args: &[&str]) -> Outcome {
-        self.command(program, args)
     }
 
     /// Runs to the end, shows what it prints, and counts the totals in it. An exit code other than 0 is a failure whatever it counted.
     pub(crate) fn command(&self, program: &str, args: &[&str]) -> Outcome {
         let mut command = Command::new(program);
-        command
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped());
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped());
         command.current_dir(self.folder.as_ref().map_or_else(root, |f| root().join(f)));
         command.envs(self.environment.iter().map(|(n, v)| (n, v)));
         let mut child = match command.spawn() {
@@ -164,16 +135,9 @@ impl Runner {
 
 fn judge(program: &str, (passed, failed): (u64, u64), success: bool, status: &str) -> Outcome {
     if success && failed == 0 {
-        return Outcome {
-            passed: passed.max(1),
-            ..Outcome::default()
-        };
+        return Outcome { passed: passed.max(1), ..Outcome::default() };
     }
-    Outcome {
-        passed,
-        failed: failed.max(1),
-        complaint: Some(format!("{program} ended with {status}")),
-    }
+    Outcome { passed, failed: failed.max(1), complaint: Some(format!("{program} ended with {status}")) }
 }
 
 /// Copies the output through and adds up the totals that test runners print.
@@ -201,13 +165,8 @@ fn totals(line: &str) -> Option<(u64, u64)> {
     if line.starts_with("FAIL\t") {
         return Some((0, 1));
     }
-    let counts = line
-        .strip_prefix("test result: ")
-        .map_or(line, |l| l.split_once(". ").map_or(l, |(_, rest)| rest));
-    let words: Vec<&str> = counts
-        .split([' ', ',', ';'])
-        .filter(|w| !w.is_empty())
-        .collect();
+    let counts = line.strip_prefix("test result: ").map_or(line, |l| l.split_once(". ").map_or(l, |(_, rest)| rest));
+    let words: Vec<&str> = counts.split([' ', ',', ';']).filter(|w| !w.is_empty()).collect();
     match words.as_slice() {
         [p, "passed", f, "failed", ..] => Some((p.parse().ok()?, f.parse().ok()?)),
         _ => None,
@@ -225,10 +184,7 @@ mod tests {
             "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s",
             Some((12, 0)),
         );
-        check(
-            "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out",
-            Some((3, 2)),
-        );
+        check("test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out", Some((3, 2)));
         check("7 passed, 1 failed", Some((7, 1)));
         check("ok  \ttests/clients\t1.2s", Some((1, 0)));
         check("FAIL\ttests/clients\t1.2s", Some((0, 1)));

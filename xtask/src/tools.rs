@@ -8,33 +8,22 @@ use std::process::{Command, Stdio};
 const DEBIAN: [(&str, &str); 3] = [("curl", "curl"), ("ip", "iproute2"), ("go", "golang-go")];
 
 pub(crate) fn install_missing(tally: &mut Tally) {
-    let missing: Vec<&str> = DEBIAN
-        .iter()
-        .filter(|(program, _)| !is_there(program))
-        .map(|(_, package)| *package)
-        .collect();
+    let missing: Vec<&str> =
+        DEBIAN.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
     if missing.is_empty() {
         return;
     }
     tally.step(&format!("installing {}", missing.join(", ")), |t| {
         let t = t.clone().with("DEBIAN_FRONTEND", "noninteractive");
         t.command("apt-get", &["update", "-qq"]).and(|| {
-            t.command(
-                "apt-get",
-                &[
-                    &["install", "-y", "-qq", "--no-install-recommends"],
-                    &missing[..],
-                ]
-                .concat(),
-            )
+            t.command("apt-get", &[&["install", "-y", "-qq", "--no-install-recommends"], &missing[..]].concat())
         })
     });
 }
 
 fn is_there(program: &str) -> bool {
-    std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
-    })
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file()))
 }
 
 /// The real etcd and its tools, from their Go modules (versions in tests/go.mod).
@@ -43,21 +32,11 @@ pub(crate) fn build_etcd(t: &Runner, folder: &Path) -> Outcome {
     if let Err(e) = std::fs::create_dir_all(folder) {
         return Outcome::failed(&format!("{target}: {e}"));
     }
-    let packages = [
-        "go.etcd.io/etcd/server/v3",
-        "go.etcd.io/etcd/etcdctl/v3",
-        "go.etcd.io/etcd/etcdutl/v3",
-    ];
+    let packages = ["go.etcd.io/etcd/server/v3", "go.etcd.io/etcd/etcdctl/v3", "go.etcd.io/etcd/etcdutl/v3"];
     let names = ["etcd", "etcdctl", "etcdutl"];
-    packages
-        .iter()
-        .zip(names)
-        .fold(Outcome::ok(), |so_far, (package, name)| {
-            so_far.and(|| {
-                t.in_folder("tests")
-                    .command("go", &["build", "-o", &format!("{target}{name}"), package])
-            })
-        })
+    packages.iter().zip(names).fold(Outcome::ok(), |so_far, (package, name)| {
+        so_far.and(|| t.in_folder("tests").command("go", &["build", "-o", &format!("{target}{name}"), package]))
+    })
 }
 
 /// The path of cargo-deny, installed into the target folder when it is not on the machine.
@@ -76,15 +55,7 @@ pub(crate) fn cargo_deny(t: &Runner) -> Option<String> {
     if !program.is_file() {
         // Unoptimised: it runs for a second and would take minutes to optimise.
         let root = tools.display().to_string();
-        let _ = t.cargo(&[
-            "install",
-            "--quiet",
-            "--debug",
-            "--locked",
-            "--root",
-            &root,
-            "cargo-deny",
-        ]);
+        let _ = t.cargo(&["install", "--quiet", "--debug", "--locked", "--root", &root, "cargo-deny"]);
     }
     program.is_file().then(|| program.display().to_string())
 }
