@@ -12,8 +12,8 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -160,7 +160,7 @@ pub(crate) struct Slice {
 /// The pieces of a long read, as they come.
 pub(crate) struct Slices {
     receiver: tokio::sync::mpsc::Receiver<Result<Slice, Rejection>>,
-    events: SyncSender<Event>,
+    events: EventSender,
 }
 
 impl Slices {
@@ -220,10 +220,66 @@ pub(crate) struct Figures {
     pub(crate) failed: u64,
 }
 
+/// The queue to the driver: bounded by a count, because a channel with a fixed number of places takes all of their memory at once.
+fn event_queue(max: usize) -> (EventSender, EventQueue) {
+    let (events, receiver) = channel();
+    let len = Arc::new(AtomicUsize::new(0));
+    (EventSender { events, len: len.clone(), max }, EventQueue { receiver, len })
+}
+
+#[derive(Clone)]
+struct EventSender {
+    events: Sender<Event>,
+    len: Arc<AtomicUsize>,
+    max: usize,
+}
+
+enum SendError {
+    /// The event comes back.
+    Full(Box<Event>),
+    Disconnected,
+}
+
+impl EventSender {
+    fn try_send(&self, event: Event) -> Result<(), SendError> {
+        if self.len.fetch_add(1, Ordering::Relaxed) >= self.max {
+            self.len.fetch_sub(1, Ordering::Relaxed);
+            return Err(SendError::Full(Box::new(event)));
+        }
+        self.events.send(event).map_err(|_| SendError::Disconnected)
+    }
+
+    /// For the worker, which has one event per job under way: never refused.
+    fn send(&self, event: Event) -> Result<(), SendError> {
+        self.len.fetch_add(1, Ordering::Relaxed);
+        self.events.send(event).map_err(|_| SendError::Disconnected)
+    }
+}
+
+struct EventQueue {
+    receiver: Receiver<Event>,
+    len: Arc<AtomicUsize>,
+}
+
+impl EventQueue {
+    fn recv_timeout(&self, wait: Duration) -> Result<Event, RecvTimeoutError> {
+        let event = self.receiver.recv_timeout(wait)?;
+        self.len.fetch_sub(1, Ordering::Relaxed);
+        Ok(event)
+    }
+
+    /// What is here already.
+    fn ready(&self) -> impl Iterator<Item = Event> {
+        self.receiver.try_iter().inspect(|_| {
+            self.len.fetch_sub(1, Ordering::Relaxed);
+        })
+    }
+}
+
 /// The way to the driver. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Handle {
-    events: SyncSender<Event>,
+    events: EventSender,
     pub(crate) identity: Arc<Identity>,
     pub(crate) facts: Arc<DriverFacts>,
     pub(crate) watch_facts: Arc<WatchFacts>,
@@ -237,11 +293,11 @@ impl Handle {
         self.facts.requests.fetch_add(1, Ordering::Relaxed);
         match self.events.try_send(event) {
             Ok(()) => Ok(()),
-            Err(TrySendError::Full(_)) => {
+            Err(SendError::Full(_)) => {
                 self.facts.overloaded.fetch_add(1, Ordering::Relaxed);
                 Err(Failure::Overloaded)
             }
-            Err(TrySendError::Disconnected(_)) => Err(Failure::Stopping),
+            Err(SendError::Disconnected) => Err(Failure::Stopping),
         }
     }
 
@@ -250,8 +306,8 @@ impl Handle {
         loop {
             match self.events.try_send(event) {
                 Ok(()) => return Ok(()),
-                Err(TrySendError::Disconnected(_)) => return Err(Failure::Stopping),
-                Err(TrySendError::Full(back)) => event = back,
+                Err(SendError::Disconnected) => return Err(Failure::Stopping),
+                Err(SendError::Full(back)) => event = *back,
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -462,7 +518,7 @@ impl Driver {
         config: DriverConfig,
         ready: oneshot::Sender<()>,
     ) -> std::io::Result<Self> {
-        let (events, queue) = sync_channel(QUEUE_MAX);
+        let (events, queue) = event_queue(QUEUE_MAX);
         let handle = Handle {
             events: events.clone(),
             identity: Arc::new(Identity::new(member.status().member.0)),
@@ -514,10 +570,9 @@ impl Driver {
 }
 
 /// Runs the jobs that would make the driver wait for the disk.
-fn work(mut disk: FsDisk, jobs: &Receiver<Job>, events: &SyncSender<Event>) {
+fn work(mut disk: FsDisk, jobs: &Receiver<Job>, events: &EventSender) {
     for job in jobs {
         let done = run_job(&mut disk, job);
-        // The driver takes events as long as it lives, so this waits for room and not for ever.
         if events.send(Event::JobDone(done)).is_err() {
             return;
         }
@@ -596,13 +651,13 @@ impl Loop {
         }
     }
 
-    fn run(mut self, queue: &Receiver<Event>) -> Ending {
+    fn run(mut self, queue: &EventQueue) -> Ending {
         let mut wait = Duration::ZERO;
         loop {
             match queue.recv_timeout(wait) {
                 Ok(event) => {
                     self.take(event);
-                    for event in queue.try_iter().take(ROUND_MAX) {
+                    for event in queue.ready().take(ROUND_MAX) {
                         self.take(event);
                     }
                 }
@@ -1060,8 +1115,8 @@ impl Loop {
     }
 
     /// Refuses what arrived too late.
-    fn refuse_queue(&mut self, queue: &Receiver<Event>) {
-        for event in queue.try_iter() {
+    fn refuse_queue(&mut self, queue: &EventQueue) {
+        for event in queue.ready() {
             match event {
                 Event::Write { reply, .. } => self.mail.deliveries.push(Delivery::Write(reply, Err(Failure::Stopping))),
                 Event::Read { read, .. } => self.fail_read(read, &Failure::Stopping),
@@ -1112,4 +1167,58 @@ fn pin(machine: &Machine, revision: i64) -> Result<Revision, Rejection> {
         return Err(Rejection::Compacted { lowest: machine.compacted() });
     }
     Ok(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handle(queue_max: usize) -> (Handle, EventQueue) {
+        let (events, queue) = event_queue(queue_max);
+        let handle = Handle {
+            events,
+            identity: Arc::default(),
+            facts: Arc::default(),
+            watch_facts: Arc::default(),
+            syncs: Arc::new(DurationHistogram::new(&[1.0])),
+            figures: Arc::default(),
+            stopping: Arc::default(),
+        };
+        (handle, queue)
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_is_an_answer() {
+        let (handle, queue) = handle(1);
+        assert_eq!(handle.send(Event::Nudge), Ok(()));
+        assert_eq!(handle.write(Txn::default()).await.err(), Some(Failure::Overloaded));
+        assert_eq!(handle.query(true, |_| ()).await, Err(Failure::Overloaded));
+        assert_eq!(handle.facts.overloaded.load(Ordering::Relaxed), 2);
+        drop(queue);
+        assert_eq!(handle.write(Txn::default()).await.err(), Some(Failure::Stopping));
+    }
+
+    /// A caller whose request was taken and dropped with the driver must not believe that nothing happened.
+    #[tokio::test]
+    async fn a_lost_answer_is_unknown() {
+        let (handle, queue) = handle(8);
+        let caller = tokio::spawn(async move { handle.write(Txn::default()).await.err() });
+        let event =
+            tokio::task::spawn_blocking(move || queue.recv_timeout(Duration::from_secs(20)).unwrap()).await.unwrap();
+        drop(event);
+        assert_eq!(caller.await.unwrap(), Some(Failure::Unknown));
+    }
+
+    #[test]
+    fn only_unbounded_ranges_in_key_order_are_sliced() {
+        let key = |name: &[u8]| Key::new(tenure_machine::Space::Keys, tenure_machine::NamespaceId::DEFAULT, name);
+        let all = Range::of(Span { start: key(b""), end: Some(key(b"z")) });
+        assert!(is_long(&all));
+        assert!(is_long(&Range { limit: 5_000, ..all.clone() }));
+        assert!(!is_long(&Range { limit: 10, ..all.clone() }));
+        assert!(!is_long(&Range { count_only: true, ..all.clone() }));
+        assert!(!is_long(&Range { order: tenure_machine::Order::Descending, ..all.clone() }));
+        assert!(!is_long(&Range { min_mod_revision: 3, ..all }));
+        assert!(!is_long(&Range::of(Span::one(key(b"k")))));
+    }
 }

@@ -40,9 +40,9 @@ use tokio::task::JoinHandle;
 pub use crate::disk_fs::FolderError;
 use crate::disk_fs::FsDisk;
 pub use crate::driver::Ending;
-pub use crate::pages::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
 use crate::driver::{Driver, DriverConfig, Handle};
 use crate::front::{Front, FrontConfig};
+pub use crate::pages::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
 
 /// etcd's allowance above the request limit for a message as it arrives.
 const MESSAGE_OVERHEAD_BYTES: usize = 512 << 10;
@@ -124,7 +124,9 @@ pub enum StartError {
     AddressInUse { address: SocketAddr },
     #[error("cannot listen on {address}: {error}")]
     Listen { address: SocketAddr, error: io::Error },
-    #[error("{address} can be reached from other machines and nothing authenticates clients: listen on 127.0.0.1, or give --insecure")]
+    #[error(
+        "{address} can be reached from other machines and nothing authenticates clients: listen on 127.0.0.1, or give --insecure"
+    )]
     NotLoopback { address: SocketAddr },
     #[error("a cluster of {0} members cannot be served yet: leave --cluster out")]
     Cluster(usize),
@@ -309,7 +311,8 @@ fn member_config(config: &Config) -> Result<tenure_replica::Config, StartError> 
         seed: number(&more[..8]),
         snapshot_log_bytes: config.snapshot_log_bytes,
         disk_reserve_bytes: config.disk_reserve,
-        max_request_bytes: config.max_request_bytes as usize,
+        // The doors judge the size as it arrived; stored keys are a little longer.
+        max_request_bytes: (config.max_request_bytes as usize + MESSAGE_OVERHEAD_BYTES).min(64 << 20),
         memory: MemoryLimits { soft: config.memory_soft_limit, hard: config.memory_hard_limit },
         autocompact: Some(AutoCompact {
             keep_ms: config.history.as_millis() as u64,

@@ -63,7 +63,6 @@ etcd_errors! {
     TIMEOUT = Unavailable, "request timed out";
     BAD_LEADER_TRANSFEREE = FailedPrecondition, "bad leader transferee";
     WRONG_DOWNGRADE_VERSION_FORMAT = InvalidArgument, "wrong downgrade target version format";
-    INVALID_DOWNGRADE_TARGET = InvalidArgument, "invalid downgrade target version";
     UNKNOWN_METHOD = Unknown, "unknown method";
 }
 

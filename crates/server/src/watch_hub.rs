@@ -435,7 +435,9 @@ impl Hub {
             self.cancel_compacted(&behind, machine.compacted());
             return true;
         }
-        let slice = match machine.changes(&span, from, SLICE_BYTES) {
+        // Each of them may get all of it: together they stay within a slice, or at one revision.
+        let bytes = (SLICE_BYTES / behind.len().max(1)).max(1);
+        let slice = match machine.changes(&span, from, bytes) {
             Ok(slice) => slice,
             // Compacted between two looks: the next slice sees the new compact revision.
             Err(Rejection::Compacted { lowest }) => {

@@ -6,8 +6,8 @@
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use tenure_machine::{
-    Compare, CompareTarget, Delete, NamespaceId, Op, OpReply, Order, Put, Range, Relation, Reply, Revision, SessionId,
-    SortBy, Space, Span, SubTxn, Txn,
+    Compare, CompareTarget, Delete, NamespaceId, Op, OpReply, Order, Put, Range, Record, Relation, Reply, Revision,
+    SessionId, SortBy, Space, Span, SubTxn, Txn,
 };
 use tenure_wire::etcd::etcdserverpb as pb;
 
@@ -153,7 +153,8 @@ async fn range_stream(context: Context, call: Call, mut incoming: Incoming, outg
     let fields = if request.keys_only { Fields::Keys } else { Fields::All };
     let (mut count, mut sent) = (0u64, 0u64);
     while let Some(slice) = slices.next().await {
-        let slice = slice.map_err(|rejection| etcd_rejection(&rejection))?;
+        let mut slice = slice.map_err(|rejection| etcd_rejection(&rejection))?;
+        sort_chunk(&mut slice.records, request.sort_target);
         count += slice.records.len() as u64;
         let wanted = (limit - sent).min(slice.records.len() as u64);
         sent += wanted;
@@ -175,6 +176,19 @@ async fn range_stream(context: Context, call: Call, mut incoming: Incoming, outg
         }
     }
     Err(status::STOPPED.into())
+}
+
+/// A target without an order passes etcd's check and orders each chunk for itself.
+fn sort_chunk(records: &mut [Record], sort_target: i32) {
+    use pb::range_request::SortTarget;
+    match SortTarget::try_from(sort_target) {
+        Ok(SortTarget::Version) => records.sort_by_key(|record| record.meta().version),
+        Ok(SortTarget::Create) => records.sort_by_key(|record| record.meta().create_revision),
+        Ok(SortTarget::Mod) => records.sort_by_key(|record| record.meta().mod_revision),
+        Ok(SortTarget::Value) => records.sort_by(|a, b| a.value().cmp(b.value())),
+        // Already in the order of keys.
+        Ok(SortTarget::Key) | Err(_) => {}
+    }
 }
 
 /// `RangeStreamResponse { range_response }`, framed.

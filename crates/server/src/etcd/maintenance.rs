@@ -155,7 +155,7 @@ async fn downgrade(context: Context, request: pb::DowngradeRequest) -> Result<pb
             if !(2..=3).contains(&parts) || !request.version.split('.').all(is_number) {
                 return Err(status::WRONG_DOWNGRADE_VERSION_FORMAT.into());
             }
-            Err(status::INVALID_DOWNGRADE_TARGET.into())
+            Err(Status::unimplemented("tenure: an etcd version is told to clients only; there is none to go back to"))
         }
         Ok(DowngradeAction::Cancel) => {
             let revision = context.query(true, |view| view.machine.revision()).await.map_err(failed)?;

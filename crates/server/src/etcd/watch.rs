@@ -47,10 +47,10 @@ async fn watch(context: Context, call: Call, mut incoming: Incoming, outgoing: O
                 stream.handle.watch(id, request).await.map_err(failed)?;
             }
         }
-        Ok(())
+        // A client that has said everything goes on watching, as with etcd: its stream ends when it goes away.
+        std::future::pending().await
     };
     tokio::select! {
-        // A client that has said everything ends its watches, as with etcd.
         ended = requests => ended,
         ended = send(&stream, &outgoing) => ended,
     }

@@ -25,7 +25,7 @@ const PAGE_MAX: u32 = 1_000;
 const OWNED_MAX: usize = 1_000;
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
-    planned(router, context, "/tenure.v1.Sessions/Create", |context, caller, request| create(context, caller, request));
+    planned(router, context, "/tenure.v1.Sessions/Create", create);
     planned(router, context, "/tenure.v1.Sessions/Renew", |_, _, request| renew(&request));
     planned(router, context, "/tenure.v1.Sessions/End", |_, caller, request| end(caller, &request));
     native_unary(router, context, "/tenure.v1.Sessions/Get", get);
@@ -95,7 +95,10 @@ pub(crate) fn granted_ttl(context: &Context, asked_ms: u64) -> Result<u64, Refus
     }
 }
 
-pub(crate) fn described(name: &str, metadata: BTreeMap<String, String>) -> Result<Vec<(Box<str>, Box<str>)>, Refused> {
+/// Metadata as a session keeps it.
+type Metadata = Vec<(Box<str>, Box<str>)>;
+
+pub(crate) fn described(name: &str, metadata: BTreeMap<String, String>) -> Result<Metadata, Refused> {
     if name.len() > NAME_BYTES_MAX {
         return Err(refuse("name", format!("a session's name has at most {NAME_BYTES_MAX} bytes")));
     }
