@@ -160,7 +160,7 @@ async fn client(address: SocketAddr, connections: usize, seconds: u64) {
 async fn one_client(address: SocketAddr, until: Instant) -> Vec<Duration> {
     let stream = TcpStream::connect(address).await.unwrap();
     stream.set_nodelay(true).unwrap();
-    let (mut client, mut connection) = h2::client::handshake::<_, Bytes>(stream).await.unwrap();
+    let (mut client, mut connection): (h2::client::SendRequest<Bytes>, _) = h2::client::handshake(stream).await.unwrap();
     let mut pings = connection.ping_pong().unwrap();
     tokio::spawn(connection);
     let request =
@@ -258,6 +258,13 @@ fn main() {
         return;
     }
     let seconds = arguments.first().map_or("3", String::as_str);
+    // One line again and again, for a profiler: seconds, stack, mode, threads, held us, connections.
+    if let [_, stack, mode, threads, held, connections] = &arguments[..] {
+        let stack = if stack == "hyper" { "hyper" } else { "front" };
+        let held = Duration::from_micros(held.parse().unwrap());
+        measure(stack, mode, threads, held, connections.parse().unwrap(), seconds);
+        return;
+    }
     println!("| stack | behind | threads | PING held us | connections | server us/call | calls | p50 us | p99 us |");
     println!("|---|---|---|---|---|---|---|---|---|");
     let millisecond = Duration::from_millis(1);

@@ -257,8 +257,8 @@ impl Router {
         let Some((service, method)) = path.strip_prefix('/').and_then(|rest| rest.rsplit_once('/')) else {
             return Status::unimplemented(format!("malformed method name: {path:?}"));
         };
-        let mounted = |known: &&'static str| known[1..].rsplit_once('/').is_some_and(|(name, _)| name == service);
-        if self.methods.keys().any(|known| mounted(&known)) {
+        let of_service = |known: &str| known[1..].rsplit_once('/').is_some_and(|(name, _)| name == service);
+        if self.paths().any(of_service) {
             Status::unimplemented(format!("unknown method {method} for service {service}"))
         } else {
             Status::unimplemented(format!("unknown service {service}"))

@@ -114,7 +114,10 @@ fn services(seen: &Arc<Seen>) -> Router {
                 }
                 revision += 1;
                 let _ = outgoing.send(watch_reply(revision, true)).await;
-                while create.key == "flood" {
+                loop {
+                    if create.key != "flood" {
+                        break;
+                    }
                     let big = pb::WatchResponse { cancel_reason: "x".repeat(64 << 10), ..Default::default() };
                     if outgoing.send(big.encode_to_vec().into()).await.is_err() {
                         break;

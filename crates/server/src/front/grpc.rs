@@ -82,7 +82,8 @@ pub(super) async fn call(
         Method::Stream(method) => {
             let (outgoing, reader) = Outgoing::new(app.config.outgoing_bytes_max);
             let service = method(call, incoming, outgoing);
-            stream(app, service, reader, deadline, respond).await
+            // Boxed, so that the future of a unary call stays small.
+            Box::pin(stream(app, service, reader, deadline, respond)).await
         }
     };
     if let Some(figures) = figures {
