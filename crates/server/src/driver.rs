@@ -223,14 +223,21 @@ pub(crate) struct Figures {
 /// The queue to the driver: bounded by a count, because a channel with a fixed number of places takes all of their memory at once.
 fn event_queue(max: usize) -> (EventSender, EventQueue) {
     let (events, receiver) = channel();
-    let len = Arc::new(AtomicUsize::new(0));
-    (EventSender { events, len: len.clone(), max }, EventQueue { receiver, len })
+    let load = Arc::new(Load::default());
+    (EventSender { events, load: load.clone(), max }, EventQueue { receiver, load })
+}
+
+#[derive(Default)]
+struct Load {
+    len: AtomicUsize,
+    /// Nobody takes events any more: a full queue stays full.
+    closed: AtomicBool,
 }
 
 #[derive(Clone)]
 struct EventSender {
     events: Sender<Event>,
-    len: Arc<AtomicUsize>,
+    load: Arc<Load>,
     max: usize,
 }
 
@@ -242,36 +249,43 @@ enum SendError {
 
 impl EventSender {
     fn try_send(&self, event: Event) -> Result<(), SendError> {
-        if self.len.fetch_add(1, Ordering::Relaxed) >= self.max {
-            self.len.fetch_sub(1, Ordering::Relaxed);
-            return Err(SendError::Full(Box::new(event)));
+        if self.load.len.fetch_add(1, Ordering::Relaxed) >= self.max {
+            self.load.len.fetch_sub(1, Ordering::Relaxed);
+            let is_closed = self.load.closed.load(Ordering::Acquire);
+            return Err(if is_closed { SendError::Disconnected } else { SendError::Full(Box::new(event)) });
         }
         self.events.send(event).map_err(|_| SendError::Disconnected)
     }
 
     /// For the worker, which has one event per job under way: never refused.
     fn send(&self, event: Event) -> Result<(), SendError> {
-        self.len.fetch_add(1, Ordering::Relaxed);
+        self.load.len.fetch_add(1, Ordering::Relaxed);
         self.events.send(event).map_err(|_| SendError::Disconnected)
     }
 }
 
 struct EventQueue {
     receiver: Receiver<Event>,
-    len: Arc<AtomicUsize>,
+    load: Arc<Load>,
+}
+
+impl Drop for EventQueue {
+    fn drop(&mut self) {
+        self.load.closed.store(true, Ordering::Release);
+    }
 }
 
 impl EventQueue {
     fn recv_timeout(&self, wait: Duration) -> Result<Event, RecvTimeoutError> {
         let event = self.receiver.recv_timeout(wait)?;
-        self.len.fetch_sub(1, Ordering::Relaxed);
+        self.load.len.fetch_sub(1, Ordering::Relaxed);
         Ok(event)
     }
 
     /// What is here already.
     fn ready(&self) -> impl Iterator<Item = Event> {
         self.receiver.try_iter().inspect(|_| {
-            self.len.fetch_sub(1, Ordering::Relaxed);
+            self.load.len.fetch_sub(1, Ordering::Relaxed);
         })
     }
 }
