@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use tenure_client::{Client, Compare, LockProof, Op, OpReply, RangeReply, Record, TxnReply};
 
 #[derive(Debug, clap::Args)]
-pub struct KvArgs {
+pub(crate) struct KvArgs {
     #[command(subcommand)]
     command: KvCommand,
 }
@@ -134,7 +134,7 @@ fn lock_proof(text: &str) -> Result<LockProof, String> {
     Ok((name, token.parse::<u64>().map_err(|_| wrong())?).into())
 }
 
-pub async fn run(common: &Common, args: KvArgs) -> Result<ExitCode> {
+pub(crate) async fn run(common: &Common, args: KvArgs) -> Result<ExitCode> {
     let client = common.client()?;
     match args.command {
         KvCommand::Get(args) => get(&client, args).await,

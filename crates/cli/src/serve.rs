@@ -15,7 +15,7 @@ use std::time::Duration;
 use tenure_server::{Config, Server, StartError};
 
 #[derive(Debug, clap::Args)]
-pub struct ServeArgs {
+pub(crate) struct ServeArgs {
     /// Settings as TOML, keys as the long flags; flags and environment go before it
     #[arg(long, env = "TENURE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -111,7 +111,7 @@ fn bytes(text: &str) -> Result<u64, String> {
 /// The arguments again with those of the settings file that neither a flag nor the environment gave.
 ///
 /// Nothing to add: `None`.
-pub fn with_file(all: &[OsString], matches: &ArgMatches) -> Result<Option<Vec<OsString>>> {
+pub(crate) fn with_file(all: &[OsString], matches: &ArgMatches) -> Result<Option<Vec<OsString>>> {
     let Some(serve) = matches.subcommand_matches("serve") else { return Ok(None) };
     let Some(path) = serve.get_one::<PathBuf>("config") else { return Ok(None) };
     let wrong = |why: String| Failure::usage(format!("{}: {why}", path.display()));
@@ -147,7 +147,7 @@ fn as_flag(key: &str, value: &toml::Value) -> Result<Option<String>, String> {
 }
 
 /// Runs until a signal or a fault.
-pub fn run(args: ServeArgs) -> Result<ExitCode> {
+pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
     log_to_stderr(&args);
     if args.unsafe_no_fsync {
         tracing::warn!("--unsafe-no-fsync: a crash of this machine WILL lose acknowledged writes");

@@ -10,13 +10,13 @@ use tenure_wire::tenure::v1::{StatusGetReply, StatusGetRequest};
 use tonic::transport::Endpoint;
 
 #[derive(Debug, clap::Args)]
-pub struct StatusArgs {
+pub(crate) struct StatusArgs {
     #[command(flatten)]
     output: OutputArg,
 }
 
 /// Asks every endpoint; fails if none answers.
-pub async fn run(common: &Common, args: StatusArgs) -> Result<ExitCode> {
+pub(crate) async fn run(common: &Common, args: StatusArgs) -> Result<ExitCode> {
     let mut answers = Vec::new();
     for endpoint in &common.endpoints {
         answers.push((endpoint.clone(), ask(endpoint, common.command_timeout).await));

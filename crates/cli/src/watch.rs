@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use tenure_client::{EventKind, WatchEvent};
 
 #[derive(Debug, clap::Args)]
-pub struct WatchArgs {
+pub(crate) struct WatchArgs {
     /// The key
     key: String,
     /// Up to this key, not included
@@ -31,7 +31,7 @@ pub struct WatchArgs {
 }
 
 /// Prints until it is stopped, the count is reached, or history was compacted away under it.
-pub async fn run(common: &Common, args: WatchArgs) -> Result<ExitCode> {
+pub(crate) async fn run(common: &Common, args: WatchArgs) -> Result<ExitCode> {
     let client = common.client()?;
     let mut watching = client.watch(args.key.clone());
     if args.prefix {

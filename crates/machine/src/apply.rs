@@ -742,7 +742,8 @@ impl<'a> Commit<'a> {
 
     fn check_create(&self, create: &SessionCreate) -> Result<(), Rejection> {
         let metadata: usize = create.metadata.iter().map(|(k, v)| k.len() + v.len()).sum();
-        if create.id.0 == 0 || create.id.0 >> 63 != 0 {
+        // etcd numbers its leases with signed integers and takes negative ones from clients that choose them.
+        if create.id.0 == 0 || (create.face == SessionFace::Native && create.id.0 >> 63 != 0) {
             return Err(invalid("a session id is above zero and its top bit is clear"));
         }
         if create.ttl_ms == 0 {

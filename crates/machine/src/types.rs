@@ -35,7 +35,8 @@ number!(
     LogTime
 );
 number!(
-    /// The identity of a session (an etcd lease is one). The top bit is clear and zero means "none".
+    /// The identity of a session (an etcd lease is one). Zero means "none"; the top bit is clear but for
+    /// etcd leases whose clients chose a negative number.
     SessionId
 );
 number!(

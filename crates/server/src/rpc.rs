@@ -184,8 +184,13 @@ impl Status {
     }
 
     /// A request whose bytes are not the message that the method takes.
+    ///
+    /// A field of the wrong wire type is refused. Go's decoder takes it for an unknown field, and mostly ends in the same code, because
+    /// what the field should have said is then missing.
     pub fn undecodable(error: &prost::DecodeError) -> Self {
-        Self::new(Code::Internal, format!("grpc: error unmarshalling request: {error}"))
+        let text = error.to_string();
+        let code = if text.contains("invalid wire type") { Code::InvalidArgument } else { Code::Internal };
+        Self::new(code, format!("grpc: error unmarshalling request: {text}"))
     }
 }
 

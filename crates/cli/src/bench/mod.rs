@@ -20,7 +20,7 @@ use std::time::Duration;
 use crate::common::{Common, duration};
 
 #[derive(Debug, clap::Args)]
-pub struct BenchArgs {
+pub(crate) struct BenchArgs {
     #[command(subcommand)]
     command: BenchCommand,
 }
@@ -94,7 +94,7 @@ struct CompareArgs {
     only: Vec<String>,
 }
 
-pub async fn run(common: &Common, args: BenchArgs) -> Result<ExitCode> {
+pub(crate) async fn run(common: &Common, args: BenchArgs) -> Result<ExitCode> {
     match args.command {
         BenchCommand::Run(args) => one(common, &args).await,
         BenchCommand::Compare(args) => {

@@ -20,7 +20,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     unary(router, context, "/etcdserverpb.Maintenance/MoveLeader", move_leader);
     unary(router, context, "/etcdserverpb.Maintenance/Downgrade", downgrade);
     router.stream("/etcdserverpb.Maintenance/Snapshot", |_, _, _| async {
-        Err(Status::unimplemented("tenure: snapshots have a format of their own; use `tenure snapshot save FILE`"))
+        Err(Status::unimplemented("tenure: snapshots are files of this server in its data folder and have a format of their own; streaming one is not served yet"))
     });
 }
 
