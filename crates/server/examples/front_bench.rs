@@ -160,7 +160,8 @@ async fn client(address: SocketAddr, connections: usize, seconds: u64) {
 async fn one_client(address: SocketAddr, until: Instant) -> Vec<Duration> {
     let stream = TcpStream::connect(address).await.unwrap();
     stream.set_nodelay(true).unwrap();
-    let (mut client, mut connection): (h2::client::SendRequest<Bytes>, _) = h2::client::handshake(stream).await.unwrap();
+    let (mut client, mut connection): (h2::client::SendRequest<Bytes>, _) =
+        h2::client::handshake(stream).await.unwrap();
     let mut pings = connection.ping_pong().unwrap();
     tokio::spawn(connection);
     let request =

@@ -17,7 +17,6 @@ use http::{Method, Response, StatusCode, Uri};
 
 use crate::front::{App, Body, full, plain};
 use crate::metrics::Exposition;
-use crate::transcode::Transcoder;
 
 /// The etcd release whose behaviour the etcd face follows, told by `/version` and Maintenance.Status.
 pub const ETCD_VERSION: &str = "3.7.3";
@@ -56,17 +55,6 @@ pub trait Health: Send + Sync + 'static {
     fn metrics(&self, out: &mut Exposition);
 }
 
-/// Pages that do not change while the server runs.
-pub(crate) struct Pages {
-    openapi: Bytes,
-}
-
-impl Pages {
-    pub(crate) fn new(transcoder: &Transcoder) -> Self {
-        Self { openapi: crate::openapi::document(transcoder).into() }
-    }
-}
-
 const ROOT: &str = include_str!("root.html");
 
 pub(crate) async fn serve(app: &App, verb: &Method, uri: &Uri) -> Response<Body> {
@@ -87,7 +75,7 @@ pub(crate) async fn serve(app: &App, verb: &Method, uri: &Uri) -> Response<Body>
         "/version" => typed("application/json", version()),
         "/health" => health(app, &query).await,
         "/metrics" => typed("text/plain; version=0.0.4; charset=utf-8", app.metrics()),
-        "/openapi.json" => typed("application/json", app.pages.openapi.clone()),
+        "/openapi.json" => typed("application/json", openapi(app)),
         _ => checks(app, path.starts_with("/livez"), subpath, &query).await,
     }
 }
@@ -96,6 +84,10 @@ fn typed(kind: &'static str, body: impl Into<Bytes>) -> Response<Body> {
     let mut response = Response::new(full(body));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response
+}
+
+fn openapi(app: &App) -> Bytes {
+    app.openapi.get_or_init(|| crate::openapi::document(app.transcoder()).into()).clone()
 }
 
 fn version() -> String {

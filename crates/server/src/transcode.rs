@@ -6,6 +6,7 @@
 //! Not promised. Field order and spaces: compare parsed JSON. On `/v1`, `*:verb` templates with a variable before the verb do not exist.
 //! Relies on. `prost-reflect` for the mapping of proto3 to JSON, and the annotations `google.api.http` in the descriptor bytes.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -35,10 +36,14 @@ mod stream;
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
+/// An older prefix of `/v3` that etcd still takes.
+const BETA: &str = "/v3beta/";
+
 /// JSON is at most this much longer than the message it becomes: base64 is a third, escapes and names the rest.
 const JSON_FACTOR: usize = 3;
 
 /// The rule table.
+#[derive(Default)]
 pub(crate) struct Transcoder {
     rules: Vec<Rule>,
     /// Rules without variables, by path.
@@ -69,7 +74,7 @@ enum Found<'t> {
 impl Transcoder {
     pub(crate) fn new(descriptors: &[u8]) -> Result<Self, FrontError> {
         let pool = DescriptorPool::decode(descriptors).map_err(|error| FrontError::Descriptors(error.to_string()))?;
-        let mut transcoder = Self { rules: Vec::new(), literal: HashMap::new(), variable: Vec::new() };
+        let mut transcoder = Self::default();
         let Some(http) = pool.get_extension_by_name("google.api.http") else { return Ok(transcoder) };
         for method in pool.services().flat_map(|service| service.methods().collect::<Vec<_>>()) {
             let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
@@ -121,11 +126,6 @@ impl Transcoder {
         &self.rules
     }
 
-    /// Whether the path is below a prefix of JSON calls.
-    pub(crate) fn owns(&self, path: &str) -> bool {
-        path.starts_with("/v1/") || path.starts_with("/v3/")
-    }
-
     fn find(&self, verb: &Verb, path: &str) -> Found<'_> {
         let literal = self.literal.get(path).into_iter().flatten().map(|place| (&self.rules[*place], Vec::new()));
         let variable = self.variable.iter().filter_map(|place| {
@@ -141,6 +141,11 @@ impl Transcoder {
         }
         if others.is_empty() { Found::Nothing } else { Found::OtherVerbs(others) }
     }
+}
+
+/// Whether the path is below a prefix of JSON calls.
+pub(crate) fn owns(path: &str) -> bool {
+    path.starts_with("/v1/") || path.starts_with("/v3/") || path.starts_with(BETA)
 }
 
 /// A path with variables: `/v1/locks/{name=**}`. A variable stands for one segment, or with `**` for all that are left.
@@ -217,10 +222,13 @@ impl Template {
 }
 
 pub(crate) async fn serve(app: &Arc<App>, request: Request<Body>, peer: SocketAddr) -> Response<Body> {
-    let face = if request.uri().path().starts_with("/v3/") { Face::EtcdJson } else { Face::NativeJson };
+    let path = match request.uri().path().strip_prefix(BETA) {
+        Some(rest) => Cow::Owned(format!("/v3/{rest}")),
+        None => Cow::Borrowed(request.uri().path()),
+    };
+    let face = if path.starts_with("/v3/") { Face::EtcdJson } else { Face::NativeJson };
     let verb = request.method().clone();
-    let found = app.transcoder.find(&verb, request.uri().path());
-    match found {
+    match app.transcoder().find(&verb, &path) {
         Found::Rule(rule, variables) => match run(app, rule, variables, request, peer).await {
             Ok(response) => response,
             Err(status) => error_response(face, &status),

@@ -382,6 +382,8 @@ async fn refusals_are_one_frame_and_carry_details() {
     assert!(answer.trailers.is_empty() && answer.data.is_empty());
     let answer = call(&mut client, grpc_request("/no.such.Service/Do"), Bytes::new()).await;
     assert_eq!(answer.status(), ("12".into(), "unknown service no.such.Service".into()));
+    let answer = call(&mut client, grpc_request("/grpc.no.Such/Do"), Bytes::new()).await;
+    assert_eq!(answer.status(), ("12".into(), "unknown service grpc.no.Such".into()));
 }
 
 #[tokio::test]
@@ -587,7 +589,8 @@ async fn etcd_json() {
         (status, answer),
         (200, json!({"header": {"revision": "7"}, "prev_kv": {"key": "Zm9v", "value": "YmFy"}}))
     );
-    let (status, answer) = json_call(server.address, "/v3/kv/put", "").await;
+    // The older prefix.
+    let (status, answer) = json_call(server.address, "/v3beta/kv/put", "").await;
     assert_eq!((status, answer), (400, json!({"code": 3, "message": "etcdserver: key is not provided"})));
     let (status, answer) = json_call(server.address, "/v3/nothing", "{}").await;
     assert_eq!((status, answer), (404, json!({"code": 5, "message": "Not Found"})));

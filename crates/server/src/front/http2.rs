@@ -22,7 +22,7 @@ use http_body_util::BodyExt;
 use tokio::time::{Instant, Sleep};
 
 use super::body::{H2Body, Payload};
-use super::route::dispatch;
+use super::route::{dispatch, is_generated};
 use super::socket::Socket;
 use super::{App, Body, grpc};
 use crate::metrics::Counter;
@@ -209,7 +209,7 @@ impl KeepAlive {
 }
 
 async fn call(app: Arc<App>, peer: SocketAddr, request: Request<RecvStream>, respond: SendResponse<Payload>) {
-    if grpc::is_grpc(&request) && !app.tower.contains_key(grpc::service_of(request.uri().path())) {
+    if grpc::is_grpc(&request) && !is_generated(request.uri().path()) {
         grpc::call(&app, peer, request, respond).await;
     } else {
         // Rare and large: boxed, so that the future of a hot call stays small.

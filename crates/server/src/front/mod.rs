@@ -20,8 +20,8 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::Context;
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ use self::route::TowerCall;
 pub(crate) use self::route::plain;
 use self::socket::{Socket, Version};
 use crate::metrics::{Counter, Exposition};
-use crate::pages::{Health, Pages};
+use crate::pages::Health;
 use crate::rpc::{Code, Method, Router};
 use crate::transcode::Transcoder;
 
@@ -118,23 +118,27 @@ pub(crate) struct App {
     pub(crate) config: FrontConfig,
     pub(crate) router: Router,
     pub(crate) calls: HashMap<&'static str, CallFigures>,
-    pub(crate) transcoder: Transcoder,
-    pub(crate) pages: Pages,
+    /// Made at their first use, as are the next two: a member that serves only gRPC has no need of decoded descriptors, which
+    /// are megabytes.
+    transcoder: OnceLock<Transcoder>,
+    tower: OnceLock<HashMap<&'static str, TowerCall>>,
+    pub(crate) openapi: OnceLock<bytes::Bytes>,
     pub(crate) health: Arc<dyn Health>,
     pub(crate) figures: Figures,
     pub(crate) stop: Stop,
-    /// Services by name that are generated code: reflection and health.
-    pub(crate) tower: HashMap<&'static str, TowerCall>,
 }
 
 impl Front {
+    /// Fails only if the program was built of parts that do not fit; what is made later from the same parts is checked by tests.
     pub fn new(router: Router, health: Arc<dyn Health>, config: FrontConfig) -> Result<Self, FrontError> {
+        if tenure_wire::DESCRIPTORS.is_empty() {
+            return Err(FrontError::Descriptors("there are none".to_owned()));
+        }
         let calls = router.paths().map(|path| (path, CallFigures::default())).collect();
-        let transcoder = Transcoder::new(tenure_wire::DESCRIPTORS)?;
         let app = App {
-            pages: Pages::new(&transcoder),
-            transcoder,
-            tower: route::tower_services()?,
+            transcoder: OnceLock::new(),
+            tower: OnceLock::new(),
+            openapi: OnceLock::new(),
             figures: Figures::default(),
             stop: Stop::default(),
             config,
@@ -295,6 +299,25 @@ impl CallFigures {
 }
 
 impl App {
+    pub(crate) fn transcoder(&self) -> &Transcoder {
+        self.transcoder.get_or_init(|| {
+            Transcoder::new(tenure_wire::DESCRIPTORS).unwrap_or_else(|error| {
+                tracing::error!(%error, "JSON calls are not served");
+                Transcoder::default()
+            })
+        })
+    }
+
+    /// Services by name that are generated code: reflection and health.
+    pub(crate) fn tower(&self) -> &HashMap<&'static str, TowerCall> {
+        self.tower.get_or_init(|| {
+            route::tower_services().unwrap_or_else(|error| {
+                tracing::error!(%error, "gRPC reflection and health are not served");
+                HashMap::new()
+            })
+        })
+    }
+
     /// The page of metrics.
     pub(crate) fn metrics(&self) -> String {
         let mut out = Exposition::new();

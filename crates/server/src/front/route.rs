@@ -15,6 +15,11 @@ use super::{App, Body, FrontError, full, grpc};
 /// A generated gRPC service, called as a function.
 pub(crate) type TowerCall = Arc<dyn Fn(Request<Body>) -> BoxFuture<'static, Response<Body>> + Send + Sync>;
 
+/// Whether a method is of one of the [`tower_services`], by the package that they share.
+pub(super) fn is_generated(path: &str) -> bool {
+    path.starts_with("/grpc.")
+}
+
 /// Reflection in both versions, and health. Rarely called, so they take the general road.
 pub(super) fn tower_services() -> Result<HashMap<&'static str, TowerCall>, FrontError> {
     let builder = || {
@@ -55,8 +60,16 @@ pub(super) async fn dispatch(app: &Arc<App>, request: Request<Body>, peer: Socke
     let path = request.uri().path();
     if grpc::is_grpc(&request) {
         // Other gRPC calls over HTTP/2 do not come here.
-        return match app.tower.get(grpc::service_of(path)) {
+        return match app.tower().get(grpc::service_of(path)) {
             Some(service) if request.version() == http::Version::HTTP_2 => service(request).await,
+            None if request.version() == http::Version::HTTP_2 => {
+                let status = app.router.unknown(path);
+                let response = Response::builder().header(header::CONTENT_TYPE, "application/grpc");
+                let response =
+                    response.header("grpc-status", status.code.header()).header("grpc-message", status.message);
+                // Neither header can be wrong: the path was parsed as a URI, which is printable ASCII.
+                response.body(full("")).unwrap_or_else(|_| plain(StatusCode::NOT_FOUND, "unknown service\n"))
+            }
             _ => plain(StatusCode::HTTP_VERSION_NOT_SUPPORTED, "gRPC requires HTTP/2\n"),
         };
     }
@@ -67,7 +80,7 @@ pub(super) async fn dispatch(app: &Arc<App>, request: Request<Body>, peer: Socke
             .map_or("".into(), |kind| String::from_utf8_lossy(kind.as_bytes()).into_owned());
         return plain(StatusCode::UNSUPPORTED_MEDIA_TYPE, format!("invalid gRPC request content-type {kind:?}\n"));
     }
-    if app.transcoder.owns(path) {
+    if crate::transcode::owns(path) {
         return crate::transcode::serve(app, request, peer).await;
     }
     let (head, _) = request.into_parts();

@@ -69,12 +69,34 @@ fn scalar(field: &FieldDescriptor, raw: &[u8]) -> Result<Value, String> {
     })
 }
 
-/// Standard or URL-safe, padded or not.
+/// Standard or URL-safe, whole or without its padding; line breaks are passed over. As Go reads it, since etcd's clients may rely on it.
 pub(super) fn base64(text: &str) -> Result<Vec<u8>, String> {
     use base64::Engine;
     use base64::alphabet::{STANDARD, URL_SAFE};
     use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
     let alphabet = if text.contains(['-', '_']) { &URL_SAFE } else { &STANDARD };
-    let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    GeneralPurpose::new(alphabet, config).decode(text).map_err(|error| format!("not base64: {error}"))
+    let is_whole = text.len().is_multiple_of(4);
+    let padding = if is_whole { DecodePaddingMode::RequireCanonical } else { DecodePaddingMode::RequireNone };
+    let config = GeneralPurposeConfig::new().with_decode_padding_mode(padding).with_decode_allow_trailing_bits(true);
+    let plain = text.replace(['\r', '\n'], "");
+    GeneralPurpose::new(alphabet, config).decode(plain).map_err(|error| format!("not base64: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_alphabets_with_and_without_padding() {
+        let check = |text: &str, expected: Option<&[u8]>| assert_eq!(base64(text).ok().as_deref(), expected, "{text}");
+        check("", Some(b""));
+        check("YQ==", Some(b"a"));
+        check("YQ", Some(b"a"));
+        check("YR==", Some(b"a"));
+        check("YQ=", None);
+        check("_-8=", Some(&[0xff, 0xef]));
+        check("/+8", Some(&[0xff, 0xef]));
+        check("_+8=", None);
+        check("Y", None);
+    }
 }
