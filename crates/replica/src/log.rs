@@ -822,7 +822,7 @@ fn read_segment(
             if proof_after(&data, at, identity, id) as usize > at {
                 return Err(damaged(at, "a record that was synced, as a later one says, is not there any more"));
             }
-            recovered.torn = torn(&data, at, id).then(|| (segment_file(id), at as u64));
+            recovered.torn = torn(&data, at, identity.seed(), id).then(|| (segment_file(id), at as u64));
         }
     }
     let unproven: Vec<Record> = records.into_iter().filter(|(at, _)| *at >= proven).map(|(_, r)| r).collect();
@@ -832,9 +832,13 @@ fn read_segment(
     Ok(ReadSegment { segment, unproven })
 }
 
-/// Whether something of this life of the file stands where its records end: a write that a crash cut.
-fn torn(data: &Bytes, at: usize, id: u64) -> bool {
-    data.get(at..at + record::RECORD_HEADER).is_some_and(|header| record::le_u64(header, 8) == id)
+/// Whether something of this life of the file stands where its records end: a write that a crash cut, or a record whose bits have
+/// flipped, were it the very bits that name the segment. A whole record of an older life is neither.
+fn torn(data: &Bytes, at: usize, seed: u32, id: u64) -> bool {
+    let Some(header) = data.get(at..at + record::RECORD_HEADER) else { return false };
+    let found = record::le_u64(header, 8);
+    let flipped = found != 0 && (found ^ id).count_ones() == 1;
+    found == id || (flipped && record::record_at(data, at, seed, found).is_none())
 }
 
 #[cfg(test)]
@@ -843,6 +847,21 @@ mod tests {
     use crate::disk::MemoryDisk;
 
     const SIZES: Sizes = Sizes { first_segment: 8 << 10, segment: 8 << 10 };
+
+    #[test]
+    fn a_flip_in_the_very_bits_that_name_the_segment_is_told_as_torn_too() {
+        let header = |id: u64| {
+            let mut bytes = vec![0; record::RECORD_HEADER];
+            bytes[8..16].copy_from_slice(&id.to_le_bytes());
+            Bytes::from(bytes)
+        };
+        assert!(torn(&header(4), 0, 1, 4) && torn(&header(5), 0, 1, 4) && torn(&header(4 | 1 << 40), 0, 1, 4));
+        assert!(!torn(&header(0), 0, 1, 4) && !torn(&header(3), 0, 1, 4));
+        let mut older = Vec::new();
+        let start = record::put_record(&mut older, Kind::Synced, |_| {});
+        record::seal(&mut older[start..], 1, 5, 0, 0);
+        assert!(!torn(&Bytes::from(older), 0, 1, 4), "a whole record of an older life of the file");
+    }
 
     fn identity() -> Identity {
         Identity { cluster: "c".to_owned(), member: 1, storage: [1; 16] }

@@ -1,0 +1,11 @@
+//! Judges of what clients saw and of what a recovered member holds.
+//!
+//! Each oracle knows the promise that it guards and nothing of how the member keeps it. A complaint is a sentence; the run that
+//! it ends tells the seed.
+
+pub mod leases;
+pub mod ledger;
+pub mod linear;
+pub mod locks;
+pub mod requests;
+pub mod state;

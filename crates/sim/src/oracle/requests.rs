@@ -1,0 +1,40 @@
+//! A request id is answered once and then always the same.
+
+use std::collections::BTreeMap;
+use tenure_machine::{OpReply, Rejection, Reply, RequestId, TxnReply};
+
+#[derive(Default)]
+pub struct Requests {
+    answers: BTreeMap<RequestId, Reply>,
+    pub replayed: u64,
+}
+
+impl Requests {
+    pub fn answered(&mut self, id: RequestId, reply: &Reply) -> Result<(), String> {
+        if is_about_the_table(&reply.result) {
+            return Ok(());
+        }
+        self.replayed += u64::from(reply.replayed);
+        let Some(first) = self.answers.get(&id) else {
+            self.answers.insert(id, reply.clone());
+            return Ok(());
+        };
+        if !reply.replayed {
+            return Err(format!("request {id:?} was answered {first:?} and ran again: {reply:?}"));
+        }
+        if first.revision != reply.revision || !same(&first.result, &reply.result) {
+            return Err(format!("request {id:?} was answered {first:?} and then {reply:?}"));
+        }
+        Ok(())
+    }
+}
+
+/// Answers that say nothing of the request's own outcome: the table is full, or what it knew is gone with the session.
+fn is_about_the_table(result: &Result<TxnReply, Rejection>) -> bool {
+    matches!(result, Err(Rejection::RateLimited { .. } | Rejection::SessionExpired { .. } | Rejection::Mismatch))
+}
+
+fn same(first: &Result<TxnReply, Rejection>, again: &Result<TxnReply, Rejection>) -> bool {
+    let body_gone = |r: &Result<TxnReply, Rejection>| matches!(r, Ok(t) if t.results == [OpReply::ResultNotRetained]);
+    first == again || (body_gone(again) && first.is_ok())
+}
