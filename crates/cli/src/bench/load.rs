@@ -408,7 +408,7 @@ pub(crate) async fn watch_fan_out(target: &Target, watchers: usize) -> Result<Fi
     let goal = Arc::new(AtomicU64::new(u64::MAX));
     let hot: Bytes = "bench-watch/hot".into();
     let mut tasks = Vec::new();
-    let stop = Arc::new(tokio::sync::Notify::new());
+    let (stop, stopping) = tokio::sync::watch::channel(false);
     for c in 0..connections {
         let mut rpc = Rpc::connect(&target.endpoint).await?;
         let mut stream = rpc.stream(WATCH).await?;
@@ -422,14 +422,16 @@ pub(crate) async fn watch_fan_out(target: &Target, watchers: usize) -> Result<Fi
             ensure!(answer.created && !answer.canceled, "a watch was refused: {}", answer.cancel_reason);
             created += 1;
         }
-        let (heard, all_heard, sent_at, goal, stop) =
-            (heard.clone(), all_heard.clone(), sent_at.clone(), goal.clone(), stop.clone());
+        let (heard, all_heard, sent_at, goal, mut stopping) =
+            (heard.clone(), all_heard.clone(), sent_at.clone(), goal.clone(), stopping.clone());
         tasks.push(tokio::spawn(async move {
+            // The whole stream: without its sending half the server would take the watches for given up.
+            let mut stream = stream;
             let mut latencies = Histogram::new();
             loop {
                 let message = tokio::select! {
                     m = stream.receive.next_bytes() => m,
-                    () = stop.notified() => return latencies,
+                    _ = stopping.changed() => return latencies,
                 };
                 let Ok(Some(_)) = message else { return latencies };
                 let delay = began.elapsed().as_nanos() as u64 - sent_at.load(Ordering::Relaxed);
@@ -456,7 +458,7 @@ pub(crate) async fn watch_fan_out(target: &Target, watchers: usize) -> Result<Fi
     }
     let operations = heard.load(Ordering::Relaxed);
     let mut figures = window.close(Histogram::new(), operations, 0)?;
-    stop.notify_waiters();
+    stop.send_replace(true);
     for task in tasks {
         figures.latencies.merge(&task.await?);
     }
