@@ -131,7 +131,7 @@ fn finish(disk: &mut dyn Disk, file: &str, offset: u64, bytes: &[u8], name: &str
     disk.sync_folder()
 }
 
-fn remove_if_there(disk: &mut dyn Disk, name: &str) -> io::Result<()> {
+pub(crate) fn remove_if_there(disk: &mut dyn Disk, name: &str) -> io::Result<()> {
     match disk.remove(name) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -3,19 +3,20 @@
 //! Promises. G1: what `flush` has returned for is found again by `open`, whole and in order, or `open` says that the folder is
 //! damaged and where. G2: nothing that a crash cut off or left behind a cut comes back. G3: `open` never goes on behind bytes
 //! that it only read: the tail after the last proven sync is copied to a fresh segment and synced there first, because bytes
-//! that were read may never have reached the disk.
+//! that were read may never have reached the disk. G4: a segment is never shorter than its header and the last word on its growth
+//! say, because both are written only when that length is on disk: one that is shorter was cut from outside and is refused.
 //! Not promised. A flip in the last batch, before a later record says that it was synced, looks like a torn write and is cut as one.
 //! Relies on. One owner of the folder at a time, and `disk.rs`.
 //!
 //! A segment's header proves that all of the segments before it were synced, because it is only written after that. Within a
 //! segment each record says how far it was known to be synced. A bad record is a torn tail unless a later one proves its place.
 //! Files are renamed and filled by jobs, ahead of time: on the path of a write there is one write and one sync, never a rename.
-//! While the next segment is not ready, the last one grows.
+//! While the next segment is not ready, the last one grows: first the file, then a record that says so, then what is to be written.
 
 use crate::disk::Disk;
 use crate::fault::{Fault, OpenError};
 use crate::identity::Identity;
-use crate::job::Job;
+use crate::job::{self, Job, PREPARE_TEMPORARY};
 use crate::record::{self, ALIGN, HEADER_BYTES, Header, HeaderError, Kind, Record};
 use bytes::Bytes;
 use raft::eraftpb::{ConfState, Entry, HardState};
@@ -27,6 +28,11 @@ const COPY_WHOLE_BYTES: usize = 256 << 10;
 const MARK_EVERY_BYTES: u32 = 64 << 10;
 /// Old segments that wait to be used again. More are removed.
 const SPARES_MAX: usize = 2;
+/// A segment that must grow grows by multiples of this, or of a first segment, so that it seldom does.
+const GROW_BYTES: u64 = 1 << 20;
+/// What the record of a growth takes. Each segment keeps so much room at its end, so that the record lies in bytes whose length an earlier
+/// word vouches for.
+const GROWN_BYTES: u64 = (record::RECORD_HEADER + 8) as u64;
 
 pub(crate) fn segment_file(id: u64) -> String {
     format!("log-{id:016x}")
@@ -43,7 +49,7 @@ fn numbered(name: &str, prefix: &str) -> Option<u64> {
 
 /// Whether a log could have left a file of this name.
 pub(crate) fn is_ours(name: &str) -> bool {
-    numbered(name, "log-").is_some() || numbered(name, "spare-").is_some() || name == crate::job::PREPARE_TEMPORARY
+    numbered(name, "log-").is_some() || numbered(name, "spare-").is_some() || name == PREPARE_TEMPORARY
 }
 
 /// Whether a file of the log holds any record of the folder that its header names.
@@ -160,7 +166,7 @@ impl Recovered {
                 self.compact(index, term);
             }
             Kind::ConfState => self.conf = record::take_conf_state(&record.body)?,
-            Kind::Synced => {}
+            Kind::Synced | Kind::Grown => {}
         }
         Some(())
     }
@@ -215,14 +221,14 @@ impl Log {
         let mut recovered = Recovered::default();
         let mut segments = VecDeque::new();
         let mut tail = Vec::new();
-        for (place, (id, header)) in files.chain.iter().enumerate() {
+        for (place, (_, header)) in files.chain.iter().enumerate() {
             let closed = files.chain.get(place + 1).map(|(_, next)| next.previous_end);
             if place == 0 {
                 recovered.hard_state = header.hard_state.clone();
                 recovered.conf = (header.conf_index, header.conf_state.clone());
                 recovered.before = (header.first_index.saturating_sub(1), header.before_term);
             }
-            let read = read_segment(disk, identity, *id, header.first_index, closed, &mut recovered)?;
+            let read = read_segment(disk, identity, header, closed, &mut recovered)?;
             segments.push_back(read.segment);
             tail = read.unproven;
         }
@@ -289,7 +295,8 @@ impl Log {
         Ok(Vec::new())
     }
 
-    /// Makes a segment that holds `records`, and only when they are synced the header that makes it count.
+    /// Makes a segment that holds `records`, and only when they are synced the header that makes it count. It gets its name when all its
+    /// bytes are on disk, as one that was prepared does: a file of the log is never shorter than it was made.
     fn begin(
         &mut self,
         disk: &mut dyn Disk,
@@ -308,21 +315,18 @@ impl Log {
             self.put(r.kind, |out| out.extend_from_slice(&r.body));
         }
         self.seal_pending(id, HEADER_BYTES as u32, 0);
-        disk.create(&file, self.sizes.first_segment).map_err(io("create"))?;
-        disk.write(&file, HEADER_BYTES as u64, &self.pending[HEADER_BYTES..]).map_err(io("write"))?;
-        disk.sync(&file).map_err(io("sync"))?;
-        let header = self.header(id, previous, before);
+        let end = self.pending.len() as u32;
+        let len = self.sizes.first_segment.max(u64::from(end) + GROWN_BYTES);
+        job::remove_if_there(disk, PREPARE_TEMPORARY).map_err(io("make room for"))?;
+        disk.create(PREPARE_TEMPORARY, len).map_err(io("create"))?;
+        disk.write(PREPARE_TEMPORARY, HEADER_BYTES as u64, &self.pending[HEADER_BYTES..]).map_err(io("write"))?;
+        disk.sync(PREPARE_TEMPORARY).map_err(io("sync"))?;
+        disk.rename(PREPARE_TEMPORARY, &file).map_err(io("rename"))?;
+        let header = self.header(id, previous, before, len);
         disk.write(&file, 0, &header.encode()).map_err(io("write"))?;
         disk.sync(&file).map_err(io("sync"))?;
         disk.sync_folder().map_err(io("sync the folder of"))?;
-        let end = self.pending.len() as u32;
-        let mut segment = Segment {
-            id,
-            first_index: before.0 + 1,
-            len: self.sizes.first_segment.max(u64::from(end)),
-            end,
-            marks: Vec::new(),
-        };
+        let mut segment = Segment { id, first_index: before.0 + 1, len, end, marks: Vec::new() };
         if let Some(first) = records.iter().find_map(first_entry) {
             segment.marks.push((first, HEADER_BYTES as u32));
         }
@@ -333,7 +337,7 @@ impl Log {
         Ok(())
     }
 
-    fn header(&self, id: u64, previous: (u64, u32), before: (u64, u64)) -> Header {
+    fn header(&self, id: u64, previous: (u64, u32), before: (u64, u64), file_bytes: u64) -> Header {
         Header {
             cluster: self.identity.cluster_mark(),
             member: self.identity.member,
@@ -345,6 +349,7 @@ impl Log {
             hard_state: HardState { commit: self.durable_commit, ..self.hard_state.clone() },
             first_index: before.0 + 1,
             before_term: before.1,
+            file_bytes,
             conf_index: self.conf.0,
             conf_state: self.conf.1.clone(),
         }
@@ -435,8 +440,8 @@ impl Log {
             return Ok(false);
         }
         let start = match self.rotation() {
-            Some(next) => self.rotate(next),
-            None => self.end(),
+            Some(next) => self.rotate(disk, next)?,
+            None => self.make_room(disk)?,
         };
         let segment = self.segments.back_mut().expect("a log has a segment from its making on");
         let (id, fresh) = (segment.id, start == 0);
@@ -444,16 +449,10 @@ impl Log {
         let proof = self.synced;
         self.seal_pending(id, first_record, proof);
         let bytes = if fresh { &self.pending[..] } else { &self.pending[HEADER_BYTES..] };
-        let file = segment_file(id);
-        disk.write(&file, u64::from(start), bytes).map_err(|error| Fault::Disk {
-            doing: "write",
-            file: file.clone(),
-            error,
-        })?;
-        disk.sync(&file).map_err(|error| Fault::Disk { doing: "sync", file, error })?;
-        self.bytes_written += bytes.len() as u64;
-        self.syncs += 1;
-        let end = start + bytes.len() as u32;
+        write_synced(disk, &segment_file(id), u64::from(start), bytes)?;
+        let written = bytes.len();
+        self.count(written);
+        let end = start + written as u32;
         self.note_written(first_record, end);
         // A mark alone holds nothing that would have to be proven by another.
         self.proven = if std::mem::take(&mut self.marking) { end } else { proof };
@@ -467,7 +466,6 @@ impl Log {
     fn note_written(&mut self, first_record: u32, end: u32) {
         let segment = self.segments.back_mut().expect("a log has a segment from its making on");
         segment.end = end;
-        segment.len = segment.len.max(u64::from(end));
         for &(at, index) in &self.pending_entries {
             let offset = first_record + (at - HEADER_BYTES) as u32;
             if segment.marks.last().is_none_or(|&(_, last)| offset - last >= MARK_EVERY_BYTES) {
@@ -492,23 +490,64 @@ impl Log {
         self.pending_entries.clear();
     }
 
-    fn end(&self) -> u32 {
-        self.segments.back().map_or(0, |s| s.end)
+    /// Whether what waits fits into a file of `len` bytes behind `end`, and the record of a growth behind it.
+    fn fits(&self, end: u32, len: u64) -> bool {
+        u64::from(end) + (self.pending.len() - HEADER_BYTES) as u64 + GROWN_BYTES <= len
+    }
+
+    /// Lets the last segment grow if what waits does not fit, and gives where it goes.
+    fn make_room(&mut self, disk: &mut dyn Disk) -> Result<u32, Fault> {
+        let Some(&Segment { id, end, len, .. }) = self.segments.back() else { return Ok(0) };
+        if self.fits(end, len) {
+            return Ok(end);
+        }
+        let file = segment_file(id);
+        let grown = self.lengthen(disk, &file, len, end + GROWN_BYTES as u32)?;
+        // Only now, and before anything lies in the new part: whoever finds that must find this record before it.
+        let mut word = Vec::new();
+        record::put_record(&mut word, Kind::Grown, |out| record::put_numbers(out, &[grown]));
+        record::seal(&mut word, self.identity.seed(), id, end, self.synced);
+        write_synced(disk, &file, u64::from(end), &word)?;
+        self.count(word.len());
+        self.proven = self.synced;
+        self.synced = end + word.len() as u32;
+        let segment = self.segments.back_mut().expect("a log has a segment from its making on");
+        segment.end = self.synced;
+        segment.len = grown;
+        Ok(self.synced)
+    }
+
+    /// Fills a file with zeros until what waits fits behind `end`, syncs it, and gives its length.
+    fn lengthen(&mut self, disk: &mut dyn Disk, file: &str, len: u64, end: u32) -> Result<u64, Fault> {
+        let zeros = vec![0; self.sizes.first_segment.min(GROW_BYTES) as usize];
+        let mut at = len;
+        while !self.fits(end, at) {
+            write_synced(disk, file, at, &zeros)?;
+            self.count(zeros.len());
+            at += zeros.len() as u64;
+        }
+        Ok(at)
+    }
+
+    fn count(&mut self, bytes: usize) {
+        self.bytes_written += bytes as u64;
+        self.syncs += 1;
     }
 
     /// The prepared segment, if what waits belongs there.
     fn rotation(&mut self) -> Option<(u64, u64)> {
         let segment = self.segments.back()?;
-        let fits = u64::from(segment.end) + (self.pending.len() - HEADER_BYTES) as u64 <= segment.len;
+        let fits = self.fits(segment.end, segment.len);
         // Entries that replace older ones stay in the segment of those, so that the header can name the entry before.
         let replaces = self.pending_entries.iter().any(|&(_, first)| first <= self.last.0);
         if fits || replaces { None } else { self.prepared.take() }
     }
 
     /// Goes over to the next segment; its header leaves in the same write as what waits. Everything before is synced already.
-    fn rotate(&mut self, (id, len): (u64, u64)) -> u32 {
+    fn rotate(&mut self, disk: &mut dyn Disk, (id, len): (u64, u64)) -> Result<u32, Fault> {
         let previous = self.segments.back().map_or((0, 0), |s| (s.id, s.end));
-        let header = self.header(id, previous, self.last).encode();
+        let len = self.lengthen(disk, &segment_file(id), len, HEADER_BYTES as u32)?;
+        let header = self.header(id, previous, self.last, len).encode();
         self.pending[..HEADER_BYTES].copy_from_slice(&header);
         self.segments.push_back(Segment {
             id,
@@ -519,7 +558,7 @@ impl Log {
         });
         self.synced = 0;
         self.proven = 0;
-        0
+        Ok(0)
     }
 
     // What jobs do for it.
@@ -576,7 +615,7 @@ impl Log {
 
     /// What can be written before a file has to grow.
     pub(crate) fn room(&self) -> u64 {
-        let last = self.segments.back().map_or(0, |s| s.len - u64::from(s.end));
+        let last = self.segments.back().map_or(0, |s| s.len.saturating_sub(u64::from(s.end) + GROWN_BYTES));
         last + self.prepared.map_or(0, |(_, len)| len)
     }
 
@@ -638,6 +677,12 @@ impl Log {
     }
 }
 
+fn write_synced(disk: &mut dyn Disk, file: &str, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
+    let fault = |doing| move |error| Fault::Disk { doing, file: file.to_owned(), error };
+    disk.write(file, offset, bytes).map_err(fault("write"))?;
+    disk.sync(file).map_err(fault("sync"))
+}
+
 fn first_entry(record: &Record) -> Option<u64> {
     let some = record.kind == Kind::Entries && record.body.len() > 20;
     some.then(|| record::le_u64(&record.body, 8))
@@ -675,6 +720,9 @@ impl Files {
         for &id in unused.iter().filter(|&&id| id > newest) {
             check_unused(disk, identity, id)?;
         }
+        if chain.is_empty() {
+            return Err(no_log(ids.last().copied()));
+        }
         Ok(Self { chain, unused, spares, highest: ids.last().copied().unwrap_or(0).max(highest_spare) })
     }
 
@@ -699,6 +747,17 @@ impl Files {
         }
         Ok(())
     }
+}
+
+/// A folder that has an identity has had a log.
+fn no_log(newest: Option<u64>) -> OpenError {
+    let (file, why) = match newest {
+        Some(id) => (segment_file(id), "its header is not there any more, and no other segment of the log has one"),
+        None => {
+            (crate::identity::FILE.to_owned(), "the folder is in use since this file was written, but no log is left")
+        }
+    };
+    OpenError::Damaged { file, offset: 0, why: why.to_owned() }
 }
 
 /// `None`: no header of this segment in this folder.
@@ -742,19 +801,18 @@ fn chain_of(mut headers: Vec<(u64, Option<Header>)>) -> Result<(Vec<(u64, Header
             }
         }
     }
-    if chain.is_empty() {
-        let why = "no segment of the log is left".to_owned();
-        return Err(OpenError::Damaged { file: crate::identity::FILE.to_owned(), offset: 0, why });
-    }
     chain.reverse();
     unused.reverse();
     Ok((chain, unused))
 }
 
 /// A segment without a header was never used, or was torn at its first write; or its header was damaged later, which a record
-/// in it gives away.
+/// in it gives away, or its length: a file has all its bytes before it gets its name.
 fn check_unused(disk: &mut dyn Disk, identity: &Identity, id: u64) -> Result<(), OpenError> {
     let data = read_file(disk, id)?;
+    if data.len() < HEADER_BYTES {
+        return Err(cut_short(id, data.len(), HEADER_BYTES as u64));
+    }
     match proof_after(&data, 0, identity, id) {
         0 => Ok(()),
         _ => Err(OpenError::Damaged {
@@ -763,6 +821,11 @@ fn check_unused(disk: &mut dyn Disk, identity: &Identity, id: u64) -> Result<(),
             why: "its header was synced and is not there any more".to_owned(),
         }),
     }
+}
+
+fn cut_short(id: u64, len: usize, made: u64) -> OpenError {
+    let why = format!("the file ends here, and it had at least {made} bytes: it was cut short from outside");
+    OpenError::Damaged { file: segment_file(id), offset: len as u64, why }
 }
 
 fn read_file(disk: &mut dyn Disk, id: u64) -> Result<Bytes, OpenError> {
@@ -788,11 +851,11 @@ struct ReadSegment {
 fn read_segment(
     disk: &mut dyn Disk,
     identity: &Identity,
-    id: u64,
-    first_index: u64,
+    header: &Header,
     closed: Option<u32>,
     recovered: &mut Recovered,
 ) -> Result<ReadSegment, OpenError> {
+    let (id, mut file_bytes) = (header.segment, header.file_bytes);
     let data = read_file(disk, id)?;
     let damaged =
         |at: usize, why: &str| OpenError::Damaged { file: segment_file(id), offset: at as u64, why: why.to_owned() };
@@ -810,7 +873,11 @@ fn read_segment(
         }
         proven = proven.max(record.synced as usize);
         let next = at + record::record_bytes(record.body.len());
-        if closed.is_none() {
+        if record.kind == Kind::Grown {
+            let [bytes] = record::take_numbers(&record.body).ok_or_else(|| damaged(at, "this growth has no length"))?;
+            file_bytes = bytes;
+        } else if closed.is_none() {
+            // What the file had for a length is not copied into another.
             records.push((at, record));
         }
         at = next;
@@ -818,6 +885,7 @@ fn read_segment(
     match closed {
         Some(end) if at != end as usize => return Err(damaged(at, "a record that was synced is not there any more")),
         Some(_) => {}
+        None if (data.len() as u64) < file_bytes => return Err(cut_short(id, data.len(), file_bytes)),
         None => {
             if proof_after(&data, at, identity, id) as usize > at {
                 return Err(damaged(at, "a record that was synced, as a later one says, is not there any more"));
@@ -828,7 +896,7 @@ fn read_segment(
     let unproven: Vec<Record> = records.into_iter().filter(|(at, _)| *at >= proven).map(|(_, r)| r).collect();
     let end = if closed.is_some() { at } else { proven };
     marks.retain(|&(_, offset)| (offset as usize) < end);
-    let segment = Segment { id, first_index, len: data.len() as u64, end: end as u32, marks };
+    let segment = Segment { id, first_index: header.first_index, len: data.len() as u64, end: end as u32, marks };
     Ok(ReadSegment { segment, unproven })
 }
 
@@ -925,6 +993,91 @@ mod tests {
                     read.iter().map(|e| e.index).collect::<Vec<_>>(),
                     (low..(low + 3).min(last + 2)).collect::<Vec<_>>()
                 );
+            }
+        }
+    }
+
+    /// A log whose newest segment has grown, in the last of its writes if `at_once`.
+    fn grown(at_once: bool) -> (MemoryDisk, String, u64) {
+        let mut disk = MemoryDisk::new();
+        let mut log = new_log(&mut disk);
+        let count = if at_once { 1 } else { 40 };
+        for i in 1..=count {
+            // No job has prepared a segment in time.
+            log.entries(&[entry(i, 1, 40_000 / count as usize)]);
+            log.flush(&mut disk).unwrap();
+        }
+        assert_eq!(log.segments(), 1);
+        (disk, segment_file(1), count)
+    }
+
+    #[test]
+    fn a_segment_that_grew_is_read_back_whole_and_refused_wherever_it_was_cut() {
+        for at_once in [false, true] {
+            let (disk, file, count) = grown(at_once);
+            let (_, recovered) = Log::open(&mut disk.copy(), &identity(), SIZES, 0).unwrap();
+            assert_eq!(recovered.last(), (count, 1));
+            let len = disk.edit(&file, |b| b.len()).unwrap();
+            for cut in (0..len).step_by(997).chain([4095, 4096, 8191, 8192, len - 1]) {
+                let mut disk = disk.copy();
+                disk.edit(&file, |b| b.truncate(cut)).unwrap();
+                let before = disk.edit(&file, |b| b.clone()).unwrap();
+                match Log::open(&mut disk, &identity(), SIZES, 0) {
+                    Err(OpenError::Damaged { file: f, offset, .. }) => {
+                        assert_eq!((f, offset), (file.clone(), cut as u64));
+                    }
+                    other => panic!("cut at {cut}: {:?}", other.map(|(_, r)| r)),
+                }
+                assert!(disk.edit(&file, |b| *b == before).unwrap(), "what is refused is left alone");
+            }
+        }
+    }
+
+    #[test]
+    fn a_second_segment_cut_to_nothing_is_refused_and_one_that_was_never_used_is_not() {
+        let mut disk = MemoryDisk::new();
+        let mut log = new_log(&mut disk);
+        let mut i = 0;
+        while log.segments() < 2 {
+            i += 1;
+            write(&mut log, &mut disk, &[entry(i, 1, 1000)]);
+        }
+        for cut in [0, 100, 4095, 4096, 8191] {
+            let mut disk = disk.copy();
+            disk.edit(&segment_file(2), |b| b.truncate(cut)).unwrap();
+            let error = Log::open(&mut disk, &identity(), SIZES, 0).err().unwrap().to_string();
+            assert!(error.contains(&format!("{} at byte {cut}", segment_file(2))), "{error}");
+        }
+        // A segment that a job prepared and nothing was written to, or whose first write was torn before its header.
+        disk.edit(&segment_file(2), |b| b[..HEADER_BYTES].fill(0)).unwrap();
+        let (_, recovered) = Log::open(&mut disk, &identity(), SIZES, 0).unwrap();
+        assert_eq!(recovered.last().0, i - 1);
+    }
+
+    #[test]
+    fn a_crash_at_any_step_of_a_growth_loses_nothing() {
+        for steps in 0..4 {
+            let mut disk = MemoryDisk::new();
+            let mut log = new_log(&mut disk);
+            write(&mut log, &mut disk, &[entry(1, 1, 100)]);
+            log.entries(&[entry(2, 1, 6_000)]);
+            // The file, the word of it, the batch.
+            let done = match steps {
+                0 => log.lengthen(&mut disk, &segment_file(1), SIZES.first_segment, 4_300).map(|_| true),
+                1 => log.make_room(&mut disk).map(|_| true),
+                2 => {
+                    log.make_room(&mut disk).unwrap();
+                    disk.fail_syncs(true);
+                    log.flush(&mut disk)
+                }
+                _ => log.flush(&mut disk),
+            };
+            disk.crash();
+            disk.fail_syncs(false);
+            assert_eq!(done.is_ok(), steps != 2);
+            for _ in 0..2 {
+                let (_, recovered) = Log::open(&mut disk, &identity(), SIZES, 0).unwrap();
+                assert_eq!(recovered.last().0, if steps == 3 { 2 } else { 1 });
             }
         }
     }

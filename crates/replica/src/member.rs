@@ -1186,7 +1186,8 @@ fn is_temporary(name: &str) -> bool {
 
 fn remove_temporary<D: Disk>(disk: &mut D, names: &[String]) -> Result<(), OpenError> {
     for name in names.iter().filter(|n| is_temporary(n)) {
-        disk.remove(name).map_err(|error| io("remove", name, error))?;
+        // The log makes its files under one of these names, so it may be gone by now.
+        crate::job::remove_if_there(disk, name).map_err(|error| io("remove", name, error))?;
     }
     Ok(())
 }

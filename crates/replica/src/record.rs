@@ -31,13 +31,14 @@ pub(crate) enum Kind {
     ConfState = 5,
     /// Nothing but the word that the log was synced up to here.
     Synced = 6,
+    /// The file has been made longer, to this length.
+    Grown = 7,
 }
 
 impl Kind {
     fn of(number: u8) -> Option<Self> {
-        [Self::Entries, Self::HardState, Self::Truncate, Self::Compact, Self::ConfState, Self::Synced]
-            .into_iter()
-            .find(|k| *k as u8 == number)
+        use Kind::{Compact, ConfState, Entries, Grown, HardState, Synced, Truncate};
+        [Entries, HardState, Truncate, Compact, ConfState, Synced, Grown].into_iter().find(|k| *k as u8 == number)
     }
 }
 
@@ -184,6 +185,8 @@ pub(crate) struct Header {
     /// The first entry that can follow, and the term of the one before it.
     pub(crate) first_index: u64,
     pub(crate) before_term: u64,
+    /// The length that the file was known to have on disk before this header was written: none that is shorter is whole.
+    pub(crate) file_bytes: u64,
     pub(crate) conf_index: u64,
     pub(crate) conf_state: ConfState,
 }
@@ -199,7 +202,7 @@ impl Header {
         out.extend_from_slice(&self.storage);
         put_numbers(&mut out, &[self.segment, self.previous, u64::from(self.previous_end)]);
         put_numbers(&mut out, &[self.hard_state.term, self.hard_state.vote, self.hard_state.commit]);
-        put_numbers(&mut out, &[self.first_index, self.before_term]);
+        put_numbers(&mut out, &[self.first_index, self.before_term, self.file_bytes]);
         put_conf_state(&mut out, self.conf_index, &self.conf_state);
         // A configuration names a handful of members; the assertion would fail at some four hundred.
         assert!(out.len() <= HEADER_BYTES, "the configuration does not fit into a segment's header");
@@ -240,6 +243,7 @@ impl Header {
         header.hard_state = HardState { term: r.u64()?, vote: r.u64()?, commit: r.u64()? };
         header.first_index = r.u64()?;
         header.before_term = r.u64()?;
+        header.file_bytes = r.u64()?;
         (header.conf_index, header.conf_state) = take_conf_state(&body.slice(r.at..))?;
         Some(header)
     }
@@ -363,20 +367,21 @@ mod tests {
             hard_state: HardState { term: 6, vote: 7, commit: 8 },
             first_index: 9,
             before_term: 10,
+            file_bytes: 12,
             conf_index: 11,
             conf_state: ConfState::from((vec![1], vec![])),
         };
         let bytes = header.encode();
         assert_eq!(bytes.len(), HEADER_BYTES);
         assert_eq!(
-            hex(&bytes[..132]),
-            "54454e5552454c470100000083000000d807b0fb01000000000000000200000000000000030303030303030303030303030303030400000000000000030000000000000005000000000000000600000000000000070000000000000008000000000000000900000000000000\
-             0a000000000000000b000000000000000101010000000000"
+            hex(&bytes[..140]),
+            "54454e5552454c47010000008b0000005379220a01000000000000000200000000000000030303030303030303030303030303030400000000000000030000000000000005000000000000000600000000000000070000000000000008000000000000000900000000000000\
+             0a000000000000000c000000000000000b000000000000000101010000000000"
                 .replace(char::is_whitespace, "")
         );
         assert_eq!(Header::decode(&Bytes::from(bytes.clone())), Ok(header));
         // The version is told apart from damage, and two bytes behind it are kept free.
-        for bit in (0..131 * 8).filter(|b| !(64..96).contains(b)) {
+        for bit in (0..139 * 8).filter(|b| !(64..96).contains(b)) {
             let mut flipped = bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert!(Header::decode(&Bytes::from(flipped)).is_err(), "bit {bit}");
