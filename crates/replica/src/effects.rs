@@ -88,7 +88,7 @@ pub enum Alarm {
     DiskFull { free: u64, reserve: u64 },
     /// It is tried again; meanwhile the log grows.
     JobFailed { what: &'static str, why: String },
-    /// The older one was loaded, with the log since.
+    /// An older one was loaded, or none, with the log since. Ends with the next snapshot.
     SnapshotDamaged { file: String, offset: u64, why: String },
     /// A write that a crash cut, or a flip in the very last batch, was taken off the end of the log.
     TornTail { file: String, offset: u64 },
@@ -102,7 +102,7 @@ impl fmt::Display for Alarm {
             }
             Self::JobFailed { what, why } => write!(f, "{what} failed and is tried again: {why}"),
             Self::SnapshotDamaged { file, offset, why } => {
-                write!(f, "{file} is damaged at byte {offset} ({why}); the one before it was loaded")
+                write!(f, "{file} is damaged at byte {offset} ({why}); what is older was loaded, with the log since")
             }
             Self::TornTail { file, offset } => {
                 write!(f, "the log was cut at byte {offset} of {file}, where a crash had torn it")

@@ -22,7 +22,7 @@ use tenure_machine::{
     Counts, Key, Machine, Memory, OpReply, Range, RangeReply, Record, Rejection, Reply, Revision, SessionId,
     SessionToken, Span, Ticket, Txn, TxnReply,
 };
-use tenure_replica::{Answer, Effects, Job, JobDone, Member, Millis, Refusal, Renewal, Status, run_job};
+use tenure_replica::{Alarm, Answer, Effects, Job, JobDone, Member, Millis, Refusal, Renewal, Status, run_job};
 use tokio::sync::oneshot;
 
 use crate::disk_fs::FsDisk;
@@ -600,6 +600,11 @@ async fn deliver_mail(mut mail: tokio::sync::mpsc::UnboundedReceiver<Mail>) {
     }
 }
 
+/// Whether two alarms are one that goes on: how much is free changes all the time.
+fn is_same(one: &Alarm, other: &Alarm) -> bool {
+    matches!((one, other), (Alarm::DiskFull { .. }, Alarm::DiskFull { .. })) || one == other
+}
+
 /// Milliseconds of a clock that never goes back and stands still while the machine is suspended.
 pub(crate) fn now() -> Millis {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
@@ -625,6 +630,8 @@ struct Loop {
     ready_asked: bool,
     figures: Arc<Mutex<Figures>>,
     figures_at: u64,
+    /// The alarms that the log of the process has already.
+    logged: Vec<Alarm>,
     stopping: bool,
 }
 
@@ -661,6 +668,7 @@ impl Loop {
             ready_asked: false,
             figures: handle.figures.clone(),
             figures_at: 0,
+            logged: Vec::new(),
             stopping: false,
         }
     }
@@ -716,7 +724,9 @@ impl Loop {
         self.effects = effects;
         let busy = self.slices(time);
         self.hand_over();
-        if busy {
+        // A member that has just begun to serve is asked for its first read at once, not when the next timer comes.
+        let may_be_ready = self.ready.is_some() && self.member.is_leader();
+        if busy || may_be_ready {
             return Ok(Duration::ZERO);
         }
         let until = wake_at.map_or(IDLE_MS, |at| at.0.saturating_sub(now().0)).min(IDLE_MS);
@@ -764,10 +774,23 @@ impl Loop {
         busy
     }
 
-    fn tell_figures(&self) {
+    /// What a start has found and what comes up later is logged once, and its end too.
+    fn log_alarms(&mut self, alarms: &[Alarm]) {
+        for alarm in alarms.iter().filter(|alarm| !self.logged.iter().any(|known| is_same(known, alarm))) {
+            tracing::warn!("{alarm}");
+        }
+        for known in self.logged.iter().filter(|known| !alarms.iter().any(|alarm| is_same(known, alarm))) {
+            tracing::info!("over: {known}");
+        }
+        self.logged = alarms.to_vec();
+    }
+
+    fn tell_figures(&mut self) {
+        let status = self.member.status();
+        self.log_alarms(&status.alarms);
         let machine = self.member.machine();
         let figures = Figures {
-            status: Some(self.member.status()),
+            status: Some(status),
             counts: machine.counts(),
             memory: machine.memory(),
             revision: machine.revision().0,
