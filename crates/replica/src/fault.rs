@@ -53,7 +53,7 @@ impl fmt::Display for OpenError {
             Self::Damaged { file, offset, why } => {
                 write!(
                     f,
-                    "the data folder is damaged: {file} at byte {offset}: {why}; restore a backup, or add this member anew under a fresh id"
+                    "the data folder is damaged: {file} at byte {offset}: {why}; put a whole copy of the folder in its place or, where other members have the data, add this one anew under a fresh id"
                 )
             }
             Self::Machine(fault) => write!(f, "the log cannot be applied: {fault}"),

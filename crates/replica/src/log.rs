@@ -733,10 +733,11 @@ impl Files {
             Err(OpenError::Damaged { file, offset: 0, why })
         };
         if recovered.before.0 > covered {
-            return damaged(format!(
-                "the log begins at entry {}, but the snapshot ends at {covered}",
-                recovered.before.0 + 1
-            ));
+            let first = recovered.before.0 + 1;
+            return damaged(match covered {
+                0 => format!("the log begins at entry {first}, and there is no snapshot of what was before"),
+                _ => format!("the log begins at entry {first}, but the snapshot ends at {covered}"),
+            });
         }
         let (last, _) = recovered.last();
         if recovered.hard_state.commit > last {

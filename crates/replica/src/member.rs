@@ -1122,9 +1122,11 @@ fn open_folder<D: Disk>(
         let bytes = disk.len(&name).map_err(|error| io("measure", &name, error))?;
         snapshots.files.insert(0, (index, bytes));
     }
+    let no_snapshot = machine.is_none();
     let machine = machine.unwrap_or_default();
     let covered = machine.position().index.0;
-    let (log, recovered) = Log::open(disk, &identity, sizes, covered)?;
+    let opened = Log::open(disk, &identity, sizes, covered);
+    let (log, recovered) = opened.map_err(|error| if no_snapshot { for_want_of(alarms, error) } else { error })?;
     if recovered.last().0 < covered {
         let why = format!("the log ends at entry {}, before the snapshot at {covered}", recovered.last().0);
         return Err(OpenError::Damaged { file: snapshot::file(covered), offset: 0, why });
@@ -1132,6 +1134,17 @@ fn open_folder<D: Disk>(
     alarms.extend(recovered.torn.clone().map(|(file, offset)| Alarm::TornTail { file, offset }));
     remove_temporary(disk, names)?;
     Ok(Opened { identity, log, recovered, machine, snapshots })
+}
+
+/// A log that does not reach back to the beginning is not what is wrong where a snapshot is damaged: the newest such is named.
+fn for_want_of(alarms: &[Alarm], error: OpenError) -> OpenError {
+    match (alarms.first(), error) {
+        (Some(Alarm::SnapshotDamaged { file, offset, why }), OpenError::Damaged { file: log, why: log_why, .. }) => {
+            let why = format!("{why}; no older snapshot is whole, and {log} cannot stand in ({log_why})");
+            OpenError::Damaged { file: file.clone(), offset: *offset, why }
+        }
+        (_, error) => error,
+    }
 }
 
 /// A bad snapshot is passed over for an older one; a file that cannot be read at all, or of another format, is not.

@@ -385,7 +385,28 @@ fn a_damaged_snapshot_is_told_and_the_older_one_serves() {
         disk.edit(&name, |d| d.truncate(100));
     }
     let error = Member::open(disk, small(3), Millis(0)).err().unwrap();
-    assert!(matches!(error, OpenError::Damaged { .. }), "{error}");
+    assert!(matches!(&error, OpenError::Damaged { file, offset: 55.., .. } if *file == newest), "{error}");
+    let text = error.to_string();
+    for part in [&newest, "no older snapshot is whole", "log-", "the log begins at entry", "a whole copy of the folder"]
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[test]
+fn a_log_without_any_header_is_named_precisely() {
+    let mut rig = Rig::new(config(1));
+    rig.ok(put("k", b"v"));
+    let segment = rig.newest_segment();
+    let refused = |disk: MemoryDisk| Member::open(disk, config(2), Millis(0)).err().unwrap().to_string();
+    let disk = rig.crash();
+    disk.edit(&segment, |b| b[..4096].fill(0));
+    let text = refused(disk);
+    assert!(text.contains(&format!("{segment} at byte 0: its header")), "{text}");
+    let mut disk = rig.crash();
+    disk.remove(&segment).unwrap();
+    let text = refused(disk);
+    assert!(text.contains("identity at byte 0") && text.contains("no log is left"), "{text}");
 }
 
 #[test]
