@@ -2,6 +2,9 @@
 
 use tenure_machine::{MemberId, MemoryLimits};
 
+/// No configuration allows a larger transaction. The blocks of a snapshot are made for it.
+pub(crate) const REQUEST_BYTES_MAX: usize = 64 << 20;
+
 #[derive(Clone, Debug)]
 pub struct Config {
     pub member: MemberId,
@@ -106,7 +109,10 @@ impl Config {
         if self.first_segment_bytes < 64 << 10 || self.segment_bytes < 64 << 10 || self.segment_bytes > 1 << 30 {
             return wrong("segments of the log have 64 KiB to 1 GiB");
         }
-        if self.max_batch_bytes == 0 || self.max_request_bytes > 64 << 20 || self.max_batch_bytes > 64 << 20 {
+        if self.max_batch_bytes == 0
+            || self.max_request_bytes > REQUEST_BYTES_MAX
+            || self.max_batch_bytes > REQUEST_BYTES_MAX
+        {
             return wrong("requests and batches have at most 64 MiB");
         }
         Ok(())

@@ -57,6 +57,7 @@ const SNAPSHOT_JOBS_MAX: usize = 4;
 const SNAPSHOT_BLOCKS_PER_POLL: usize = 2;
 const SNAPSHOT_SYNC_BYTES: u64 = 4 << 20;
 const SNAPSHOTS_KEPT: usize = 2;
+const SNAPSHOT_JOB: &str = "writing a snapshot";
 /// A log of more files than this is due for a snapshot, however short it is.
 const SEGMENTS_MAX: usize = 24;
 
@@ -345,19 +346,24 @@ impl<D: Disk> Member<D> {
             }
             JobDone::SnapshotWritten { number, result } => {
                 self.snapshot_written(number, result.is_ok());
-                ("writing a snapshot", result)
+                (SNAPSHOT_JOB, result)
             }
             JobDone::SnapshotFinished { number, name, bytes, result } => {
                 self.snapshot_finished(number, &name, bytes, result.is_ok());
-                ("writing a snapshot", result)
+                (SNAPSHOT_JOB, result)
             }
             JobDone::Removed { result, .. } => ("removing an old file", result),
         };
         self.alarms.retain(|a| !matches!(a, Alarm::JobFailed { what: w, .. } if *w == what));
         if let Err(why) = result {
-            self.retry_at = self.clock.elapsed() + RETRY_MS;
-            self.alarms.push(Alarm::JobFailed { what, why });
+            self.job_failed(what, why);
         }
+    }
+
+    fn job_failed(&mut self, what: &'static str, why: String) {
+        self.retry_at = self.clock.elapsed() + RETRY_MS;
+        self.alarms.retain(|a| !matches!(a, Alarm::JobFailed { what: w, .. } if *w == what));
+        self.alarms.push(Alarm::JobFailed { what, why });
     }
 
     // One round.
@@ -927,7 +933,14 @@ impl<D: Disk> Member<D> {
                 writing.complete = true;
                 break;
             };
-            let (offset, bytes) = writing.writer.block(&block);
+            let (offset, bytes) = match writing.writer.block(&block) {
+                Ok(piece) => piece,
+                Err(len) => {
+                    self.give_up_snapshot();
+                    let why = format!("the state has a part of {len} bytes, more than a snapshot holds");
+                    return self.job_failed(SNAPSHOT_JOB, why);
+                }
+            };
             // A sync now and then, so that the last one has little left and the log's own syncs do not queue behind it.
             let sync = writing.writer.offset() - writing.synced_to >= SNAPSHOT_SYNC_BYTES;
             if sync {

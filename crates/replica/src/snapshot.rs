@@ -1,12 +1,14 @@
 //! Snapshot files: the state at one log index, in blocks that are checked one by one.
 //!
 //! Promises. N1: a file that has its name is whole: it was written under another one, synced and renamed. N2: loading takes no byte
-//! that its checksum does not cover, and no file without the trailer that counts blocks and bytes. All numbers are little endian.
+//! that its checksum does not cover, and no file without the trailer that counts blocks and bytes. N3: no block is written that would not
+//! be read. All numbers are little endian.
 //!
 //! Layout: magic, version (u16), zero (u16), length of the header's rest (u32), its CRC32C (u32), and in it cluster, index, term,
 //! the index of the configuration, and the configuration. Then blocks: length (u32, not zero), CRC32C over the block's number (u64) and
 //! its bytes (u32), the bytes. Then the trailer: zero (u32), CRC32C of what follows (u32), blocks, bytes, index, term (u64 each).
 
+use crate::config::REQUEST_BYTES_MAX;
 use crate::disk::Disk;
 use crate::record::{le_u32, le_u64, put_conf_state, put_numbers, take_conf_state};
 use bytes::Bytes;
@@ -17,8 +19,9 @@ use tenure_machine::{Loader, Machine};
 pub(crate) const TEMPORARY: &str = "snapshot.tmp";
 /// What the machine is asked for at a time.
 pub(crate) const BLOCK_BYTES: usize = 128 << 10;
-/// What a reader accepts: one record of the largest size, and more.
-const BLOCK_BYTES_MAX: usize = 64 << 20;
+/// What a writer makes and a reader takes. A block ends with the entry that fills it, and the largest, of the ring, has two records that
+/// each came in a request of their own.
+const BLOCK_BYTES_MAX: usize = 2 * REQUEST_BYTES_MAX + (32 << 20);
 const MAGIC: [u8; 8] = *b"TENURESN";
 const FORMAT: u16 = 1;
 const TRAILER_BYTES: usize = 40;
@@ -78,14 +81,18 @@ impl Writer {
         self.offset
     }
 
-    pub(crate) fn block(&mut self, block: &[u8]) -> (u64, Vec<u8>) {
+    /// The error is the length of a block that no reader would take.
+    pub(crate) fn block(&mut self, block: &[u8]) -> Result<(u64, Vec<u8>), usize> {
+        if block.len() > BLOCK_BYTES_MAX {
+            return Err(block.len());
+        }
         let mut piece = if self.offset == 0 { self.meta.encode() } else { Vec::with_capacity(8 + block.len()) };
         piece.extend_from_slice(&(block.len() as u32).to_le_bytes());
         piece.extend_from_slice(&block_checksum(self.blocks, block).to_le_bytes());
         piece.extend_from_slice(block);
         self.blocks += 1;
         self.bytes += block.len() as u64;
-        self.place(piece)
+        Ok(self.place(piece))
     }
 
     pub(crate) fn trailer(&mut self) -> (u64, Vec<u8>) {
@@ -210,10 +217,14 @@ impl Source<'_> {
     fn take(&mut self, len: usize) -> Result<&[u8], LoadError> {
         let start = (self.at - self.from) as usize;
         if start + len > self.buffer.len() {
-            self.buffer = self.disk.read(self.name, self.at, len.max(Self::PIECE)).map_err(LoadError::Io)?;
+            // Asked first, so that a length that lies takes no memory.
+            let rest = self.disk.len(self.name).map_err(LoadError::Io)?.saturating_sub(self.at);
+            let piece = (len.max(Self::PIECE) as u64).min(rest) as usize;
+            self.buffer = self.disk.read(self.name, self.at, piece).map_err(LoadError::Io)?;
             self.from = self.at;
             if self.buffer.len() < len {
-                return Err(LoadError::Damaged { offset: self.at, why: "the file ends here".to_owned() });
+                let why = "the file ends before what begins here".to_owned();
+                return Err(LoadError::Damaged { offset: self.at, why });
             }
         }
         let start = (self.at - self.from) as usize;
@@ -239,7 +250,7 @@ mod tests {
         let mut disk = MemoryDisk::new();
         let mut writer = Writer::new(meta());
         disk.create("s", 0).unwrap();
-        for (offset, piece) in [writer.block(b"one"), writer.block(b"three"), writer.trailer()] {
+        for (offset, piece) in [writer.block(b"one").unwrap(), writer.block(b"three").unwrap(), writer.trailer()] {
             disk.write("s", offset, &piece).unwrap();
         }
         disk
@@ -263,6 +274,14 @@ mod tests {
              0000030000006ba721e06f6e650500000008babfd57468726565000000001dc44f0b02000000000000000800000000000000\
              02000000000000000300000000000000"
         );
+    }
+
+    #[test]
+    fn a_block_that_would_not_be_read_is_not_written() {
+        let mut writer = Writer::new(meta());
+        assert_eq!(writer.block(&vec![0; BLOCK_BYTES_MAX + 1]), Err(BLOCK_BYTES_MAX + 1));
+        assert_eq!(writer.offset(), 0);
+        assert!(writer.block(&vec![0; BLOCK_BYTES_MAX]).is_ok());
     }
 
     #[test]

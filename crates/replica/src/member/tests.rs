@@ -531,6 +531,28 @@ fn a_failed_snapshot_is_told_tried_again_and_never_half_used() {
     assert_eq!(rig.member.status().alarms, []);
 }
 
+#[test]
+fn a_snapshot_holds_what_the_largest_request_makes() {
+    let large = |boot| Config { max_request_bytes: 64 << 20, ..config(boot) };
+    let mut rig = Rig::new(large(1));
+    // Small records in front, so that the largest begins in a block that is nearly full.
+    for i in 0..100 {
+        rig.ok(put(&format!("a{i}"), &[1; 1200]));
+    }
+    let value = vec![7; (64 << 20) - 1000];
+    rig.ok(put("b", &value));
+    rig.pass(1_000);
+    while !rig.jobs.is_empty() {
+        rig.work();
+        rig.pass(1);
+    }
+    let status = rig.member.status();
+    assert!(status.snapshot_index > 0 && status.alarms.is_empty(), "{status:?}");
+    let rig = Rig::on(rig.crash(), large(2));
+    assert_eq!(rig.member.status().alarms, []);
+    assert!(rig.value("b") == Some(value));
+}
+
 // Sessions.
 
 fn renewed(answers: &[(Ticket, Answer)], ticket: Ticket) -> Option<bool> {
