@@ -152,7 +152,10 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
     if args.unsafe_no_fsync {
         tracing::warn!("--unsafe-no-fsync: a crash of this machine WILL lose acknowledged writes");
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // Huge pages double the memory of an empty member and make it grow in steps; Redis and others advise against them too. A
+    // kernel without them refuses, which is as good.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(network_threads()).enable_all().build()?;
     runtime.block_on(async {
         let server = Server::start(config(&args)).await.map_err(start_failure)?;
         greet(&server, &args);
@@ -168,6 +171,11 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
         server.stop().await;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// The driver has a thread of its own, so a core is left to it: one network thread more than that only adds wake-ups.
+fn network_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().saturating_sub(1)).max(1)
 }
 
 fn config(args: &ServeArgs) -> Config {
