@@ -17,7 +17,9 @@ pub enum OpenError {
     },
     OtherMember {
         found: u64,
+        found_name: String,
         wanted: u64,
+        wanted_name: String,
     },
     /// Bytes that were once durable are gone or altered. The member must not serve, vote or lead with a hole.
     Damaged {
@@ -47,8 +49,11 @@ impl fmt::Display for OpenError {
             Self::OtherCluster { found, wanted } => {
                 write!(f, "the data folder belongs to the cluster `{found}`, this member was started for `{wanted}`")
             }
-            Self::OtherMember { found, wanted } => {
-                write!(f, "the data folder belongs to member {found}, this one was started as member {wanted}")
+            Self::OtherMember { found, found_name, wanted, wanted_name } => {
+                write!(
+                    f,
+                    "the data folder belongs to member `{found_name}` ({found}), this one was started as `{wanted_name}` ({wanted})"
+                )
             }
             Self::Damaged { file, offset, why } => {
                 write!(

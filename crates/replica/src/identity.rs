@@ -18,25 +18,28 @@ pub(crate) struct Identity {
     /// What the flags of a static start call the cluster.
     pub(crate) cluster: String,
     pub(crate) member: u64,
+    /// What people call the member. Nothing rests on it: the id is who it is.
+    pub(crate) name: String,
     pub(crate) storage: [u8; 16],
 }
 
 impl Identity {
-    /// Five lines; the last is the CRC32C of those before it.
+    /// Six lines; the last is the CRC32C of those before it.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let storage: String = self.storage.iter().map(|b| format!("{b:02x}")).collect();
         let mut text = format!(
-            "{FIRST_LINE}{FORMAT}\ncluster {}\nmember {}\nstorage {storage}\n",
+            "{FIRST_LINE}{FORMAT}\ncluster {}\nmember {}\nname {}\nstorage {storage}\n",
             self.cluster.escape_default(),
-            self.member
+            self.member,
+            self.name.escape_default()
         );
         let crc = crc32c::crc32c(text.as_bytes());
         text.push_str(&format!("crc32c {crc:08x}\n"));
         text.into_bytes()
     }
 
-    /// Compares the file with who this member is, and gives the storage id.
-    pub(crate) fn check(bytes: &[u8], cluster: &str, member: u64) -> Result<Self, OpenError> {
+    /// Compares the file with who this member is, and gives what it says.
+    pub(crate) fn check(bytes: &[u8], cluster: &str, member: u64, name: &str) -> Result<Self, OpenError> {
         let other = |why: &str| OpenError::OtherFormat { file: FILE.to_owned(), why: why.to_owned() };
         let text = std::str::from_utf8(bytes).map_err(|_| other("it is not text"))?;
         let mut lines = text.lines();
@@ -56,6 +59,7 @@ impl Identity {
         };
         let (found_cluster, found_member) =
             (field("cluster").ok_or_else(damaged)?, field("member").ok_or_else(damaged)?);
+        let found_name = field("name").ok_or_else(damaged)?;
         let storage = field("storage").as_deref().and_then(unhex).ok_or_else(damaged)?;
         let crc = field("crc32c").and_then(|s| u32::from_str_radix(&s, 16).ok()).ok_or_else(damaged)?;
         // The checksum is the last line; the cluster's name may hold the same word.
@@ -68,9 +72,14 @@ impl Identity {
         }
         let found_member: u64 = found_member.parse().map_err(|_| damaged())?;
         if found_member != member {
-            return Err(OpenError::OtherMember { found: found_member, wanted: member });
+            return Err(OpenError::OtherMember {
+                found: found_member,
+                found_name,
+                wanted: member,
+                wanted_name: name.to_owned(),
+            });
         }
-        Ok(Self { cluster: cluster.to_owned(), member, storage })
+        Ok(Self { cluster: cluster.to_owned(), member, name: name.to_owned(), storage })
     }
 
     pub(crate) fn store(&self, disk: &mut dyn Disk) -> Result<(), OpenError> {
@@ -110,7 +119,7 @@ mod tests {
     use super::*;
 
     fn identity() -> Identity {
-        Identity { cluster: "n0=a\nb".to_owned(), member: 7, storage: [0xab; 16] }
+        Identity { cluster: "n0=a\nb".to_owned(), member: 7, name: "n 0".to_owned(), storage: [0xab; 16] }
     }
 
     #[test]
@@ -118,22 +127,23 @@ mod tests {
         let text = String::from_utf8(identity().encode()).unwrap();
         assert_eq!(
             text,
-            "tenure member folder, format 1\ncluster n0=a\\nb\nmember 7\nstorage abababababababababababababababab\ncrc32c 7b76d320\n"
+            "tenure member folder, format 1\ncluster n0=a\\nb\nmember 7\nname n 0\nstorage abababababababababababababababab\ncrc32c 51fcb159\n"
         );
-        assert_eq!(Identity::check(text.as_bytes(), "n0=a\nb", 7).unwrap(), identity());
+        assert_eq!(Identity::check(text.as_bytes(), "n0=a\nb", 7, "n 0").unwrap(), identity());
     }
 
     #[test]
     fn another_folder_is_refused_by_name() {
         let bytes = identity().encode();
-        let refused = |bytes: &[u8], cluster, member| Identity::check(bytes, cluster, member).unwrap_err().to_string();
+        let refused =
+            |bytes: &[u8], cluster, member| Identity::check(bytes, cluster, member, "n1").unwrap_err().to_string();
         assert_eq!(
             refused(&bytes, "other", 7),
             "the data folder belongs to the cluster `n0=a\\nb`, this member was started for `other`"
         );
         assert_eq!(
             refused(&bytes, "n0=a\nb", 8),
-            "the data folder belongs to member 7, this one was started as member 8"
+            "the data folder belongs to member `n 0` (7), this one was started as `n1` (8)"
         );
         let newer = String::from_utf8(bytes.clone()).unwrap().replace("format 1", "format 2");
         assert_eq!(
@@ -143,7 +153,7 @@ mod tests {
         for at in FIRST_LINE.len() + 2..bytes.len() - 1 {
             let mut flipped = bytes.clone();
             flipped[at] ^= 1;
-            assert!(Identity::check(&flipped, "n0=a\nb", 7).is_err(), "flip at {at}");
+            assert!(Identity::check(&flipped, "n0=a\nb", 7, "n 0").is_err(), "flip at {at}");
         }
     }
 }

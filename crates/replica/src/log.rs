@@ -753,7 +753,10 @@ impl Files {
 /// A folder that has an identity has had a log.
 fn no_log(newest: Option<u64>) -> OpenError {
     let (file, why) = match newest {
-        Some(id) => (segment_file(id), "its header is not there any more, and no other segment of the log has one"),
+        Some(id) => (
+            segment_file(id),
+            "the header of this segment is not there any more, and no other segment of the log has one",
+        ),
         None => {
             (crate::identity::FILE.to_owned(), "the folder is in use since this file was written, but no log is left")
         }
@@ -797,7 +800,7 @@ fn chain_of(mut headers: Vec<(u64, Option<Header>)>) -> Result<(Vec<(u64, Header
             }
             None if wanted.is_none() => unused.push(id),
             None => {
-                let why = "its header is not there, and a later segment continues it".to_owned();
+                let why = "the header of this segment is not there, and a later segment continues it".to_owned();
                 return Err(OpenError::Damaged { file: segment_file(id), offset: 0, why });
             }
         }
@@ -819,7 +822,7 @@ fn check_unused(disk: &mut dyn Disk, identity: &Identity, id: u64) -> Result<(),
         _ => Err(OpenError::Damaged {
             file: segment_file(id),
             offset: 0,
-            why: "its header was synced and is not there any more".to_owned(),
+            why: "the header of this segment was synced and is not there any more".to_owned(),
         }),
     }
 }
@@ -933,7 +936,7 @@ mod tests {
     }
 
     fn identity() -> Identity {
-        Identity { cluster: "c".to_owned(), member: 1, storage: [1; 16] }
+        Identity { cluster: "c".to_owned(), member: 1, name: "n".to_owned(), storage: [1; 16] }
     }
 
     fn entry(index: u64, term: u64, len: usize) -> Entry {

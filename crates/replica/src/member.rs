@@ -1116,7 +1116,7 @@ fn open_folder<D: Disk>(
     alarms: &mut Vec<Alarm>,
 ) -> Result<Opened, OpenError> {
     let bytes = disk.read(identity::FILE, 0, 1 << 16).map_err(|error| io("read", identity::FILE, error))?;
-    let identity = Identity::check(&bytes, &config.cluster_token, config.member.0)?;
+    let identity = Identity::check(&bytes, &config.cluster_token, config.member.0, &config.name)?;
     let mut indexes: Vec<u64> = names.iter().filter_map(|n| snapshot::index_of(n)).collect();
     indexes.sort_unstable();
     let (mut snapshots, mut machine) = (Snapshots::default(), None);
@@ -1183,7 +1183,8 @@ fn make_folder<D: Disk>(disk: &mut D, config: &Config, sizes: Sizes, names: &[St
     }
     let mut storage = [0; 16];
     storage.copy_from_slice(&config.random[..16]);
-    let identity = Identity { cluster: config.cluster_token.clone(), member: config.member.0, storage };
+    let (cluster, name) = (config.cluster_token.clone(), config.name.clone());
+    let identity = Identity { cluster, member: config.member.0, name, storage };
     let conf = ConfState::from((config.voters(), Vec::new()));
     let log = Log::create(disk, &identity, sizes, conf.clone())?;
     identity.store(disk)?;

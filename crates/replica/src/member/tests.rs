@@ -402,7 +402,7 @@ fn a_log_without_any_header_is_named_precisely() {
     let disk = rig.crash();
     disk.edit(&segment, |b| b[..4096].fill(0));
     let text = refused(disk);
-    assert!(text.contains(&format!("{segment} at byte 0: its header")), "{text}");
+    assert!(text.contains(&format!("{segment} at byte 0: the header")), "{text}");
     let mut disk = rig.crash();
     disk.remove(&segment).unwrap();
     let text = refused(disk);
@@ -435,7 +435,7 @@ fn folders_of_others_are_refused_by_name() {
     let other = open(Config { cluster_token: "blue".to_owned(), ..config(2) });
     assert_eq!(other, "the data folder belongs to the cluster `tenure`, this member was started for `blue`");
     let other = open(Config { member: MemberId(4), ..config(2) });
-    assert_eq!(other, "the data folder belongs to member 1, this one was started as member 4");
+    assert_eq!(other, "the data folder belongs to member `n0` (1), this one was started as `n0` (4)");
 
     let mut strange = MemoryDisk::new();
     strange.create("db", 10).unwrap();
