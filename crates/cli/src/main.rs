@@ -2,6 +2,8 @@
 //!
 //! Each command is a file; `common.rs` holds what they share: endpoints, printing, exit codes.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 mod bench;
 mod common;
 mod kv;

@@ -330,7 +330,7 @@ fn without_a_server_the_command_is_warned_and_then_killed_before_the_lease_ends(
 
 /// The last moment in a file whose writer may have been killed within a line.
 fn last_nanos(text: &str) -> u128 {
-    text.lines().filter(|line| line.len() == 19).next_back().unwrap().parse().unwrap()
+    text.lines().rfind(|line| line.len() == 19).unwrap().parse().unwrap()
 }
 
 #[test]

@@ -1,8 +1,6 @@
 //! Helpers over configuration changes, as `raft` and whoever drives it call them.
 
-use crate::eraftpb::{
-    ConfChange, ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState,
-};
+use crate::eraftpb::{ConfChange, ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState};
 use std::borrow::Cow;
 
 /// Either form of a configuration change.
@@ -18,11 +16,7 @@ pub trait ConfChangeI {
 impl ConfChangeI for ConfChange {
     fn into_v2(self) -> ConfChangeV2 {
         let changes = vec![new_conf_change_single(self.node_id, self.change_type)];
-        ConfChangeV2 {
-            transition: ConfChangeTransition::Auto,
-            changes,
-            context: self.context,
-        }
+        ConfChangeV2 { transition: ConfChangeTransition::Auto, changes, context: self.context }
     }
 
     fn as_v2(&self) -> Cow<'_, ConfChangeV2> {
@@ -68,19 +62,12 @@ impl ConfChangeV2 {
 impl<V: Into<Vec<u64>>, L: Into<Vec<u64>>> From<(V, L)> for ConfState {
     /// Voters and learners.
     fn from((voters, learners): (V, L)) -> Self {
-        Self {
-            voters: voters.into(),
-            learners: learners.into(),
-            ..Self::default()
-        }
+        Self { voters: voters.into(), learners: learners.into(), ..Self::default() }
     }
 }
 
 pub fn new_conf_change_single(node_id: u64, change_type: ConfChangeType) -> ConfChangeSingle {
-    ConfChangeSingle {
-        change_type,
-        node_id,
-    }
+    ConfChangeSingle { change_type, node_id }
 }
 
 /// Whether both name the same members in the same roles, in whatever order.
@@ -104,40 +91,18 @@ mod tests {
     #[test]
     fn several_changes_are_joint_and_one_is_not() {
         let add = |id| new_conf_change_single(id, ConfChangeType::AddNode);
-        let change = |transition, changes| ConfChangeV2 {
-            transition,
-            changes,
-            ..ConfChangeV2::default()
-        };
-        assert_eq!(
-            change(ConfChangeTransition::Auto, vec![add(1)]).enter_joint(),
-            None
-        );
-        assert_eq!(
-            change(ConfChangeTransition::Auto, vec![add(1), add(2)]).enter_joint(),
-            Some(true)
-        );
-        assert_eq!(
-            change(ConfChangeTransition::Implicit, vec![add(1)]).enter_joint(),
-            Some(true)
-        );
-        assert_eq!(
-            change(ConfChangeTransition::Explicit, vec![add(1)]).enter_joint(),
-            Some(false)
-        );
+        let change = |transition, changes| ConfChangeV2 { transition, changes, ..ConfChangeV2::default() };
+        assert_eq!(change(ConfChangeTransition::Auto, vec![add(1)]).enter_joint(), None);
+        assert_eq!(change(ConfChangeTransition::Auto, vec![add(1), add(2)]).enter_joint(), Some(true));
+        assert_eq!(change(ConfChangeTransition::Implicit, vec![add(1)]).enter_joint(), Some(true));
+        assert_eq!(change(ConfChangeTransition::Explicit, vec![add(1)]).enter_joint(), Some(false));
         assert!(!change(ConfChangeTransition::Auto, vec![add(1)]).leave_joint());
     }
 
     #[test]
     fn order_does_not_tell_configurations_apart() {
         let a = ConfState::from((vec![1, 2, 3], vec![4]));
-        assert!(conf_state_eq(
-            &a,
-            &ConfState::from((vec![3, 1, 2], vec![4]))
-        ));
-        assert!(!conf_state_eq(
-            &a,
-            &ConfState::from((vec![1, 2], vec![3, 4]))
-        ));
+        assert!(conf_state_eq(&a, &ConfState::from((vec![3, 1, 2], vec![4]))));
+        assert!(!conf_state_eq(&a, &ConfState::from((vec![1, 2], vec![3, 4]))));
     }
 }

@@ -257,11 +257,7 @@ mod tests {
             commit_term: 7,
             snapshot: Snapshot {
                 data: Bytes::from_static(b"s"),
-                metadata: SnapshotMetadata {
-                    conf_state: conf_state(),
-                    index: 8,
-                    term: 9,
-                },
+                metadata: SnapshotMetadata { conf_state: conf_state(), index: 8, term: 9 },
             },
             request_snapshot: 10,
             reject: true,
@@ -275,45 +271,25 @@ mod tests {
     /// The bytes are what they were, they come back as the value, and no shorter piece is taken for one.
     fn check<T: Encoded + Default + PartialEq + std::fmt::Debug>(value: &T, golden: &str) {
         let bytes = value.write_to_bytes().unwrap();
-        assert_eq!(
-            bytes.iter().map(|b| format!("{b:02x}")).collect::<String>(),
-            golden
-        );
+        assert_eq!(bytes.iter().map(|b| format!("{b:02x}")).collect::<String>(), golden);
         assert_eq!(value.compute_size() as usize, bytes.len());
         let mut back = T::default();
         back.merge_from_bytes(&bytes).unwrap();
         assert_eq!(&back, value);
         for cut in 1..bytes.len() {
-            assert_eq!(
-                T::default().merge_from_bytes(&bytes[..cut]),
-                Err(ProtobufError::Truncated),
-                "cut at {cut}"
-            );
+            assert_eq!(T::default().merge_from_bytes(&bytes[..cut]), Err(ProtobufError::Truncated), "cut at {cut}");
         }
         let longer = [&bytes[..], &[0]].concat();
-        assert_eq!(
-            T::default().merge_from_bytes(&longer),
-            Err(ProtobufError::TrailingBytes)
-        );
+        assert_eq!(T::default().merge_from_bytes(&longer), Err(ProtobufError::TrailingBytes));
     }
 
     #[test]
     fn golden_bytes_and_round_trips() {
         check(&entry(), "010203ac02046461746101ff");
         check(&conf_state(), "0102010201030104010501");
-        check(
-            &HardState {
-                term: 1,
-                vote: 2,
-                commit: u64::MAX,
-            },
-            "010102ffffffffffffffffff01",
-        );
+        check(&HardState { term: 1, vote: 2, commit: u64::MAX }, "010102ffffffffffffffffff01");
         check(&message(), "010301020304050202 03ac02046461746101ff 0000000000 0607 0173 02010201030104010501 0809 0a 01 0b 0163 0c ffffffffffffffffff01".replace(' ', "").as_str());
-        let single = ConfChangeSingle {
-            change_type: ConfChangeType::AddLearnerNode,
-            node_id: 9,
-        };
+        let single = ConfChangeSingle { change_type: ConfChangeType::AddLearnerNode, node_id: 9 };
         check(&single, "010209");
         check(
             &ConfChange {
@@ -324,37 +300,20 @@ mod tests {
             },
             "010109017807",
         );
-        let v2 = ConfChangeV2 {
-            transition: ConfChangeTransition::Explicit,
-            changes: vec![single],
-            context: Bytes::new(),
-        };
+        let v2 =
+            ConfChangeV2 { transition: ConfChangeTransition::Explicit, changes: vec![single], context: Bytes::new() };
         check(&v2, "010201020900");
     }
 
     #[test]
     fn strange_bytes_are_refused() {
         let mut entry = Entry::default();
-        assert_eq!(
-            entry.merge_from_bytes(&[2]),
-            Err(ProtobufError::UnknownVersion(2))
-        );
-        assert_eq!(
-            entry.merge_from_bytes(&[1, 3]),
-            Err(ProtobufError::UnknownEnum {
-                what: "EntryType",
-                number: 3
-            })
-        );
+        assert_eq!(entry.merge_from_bytes(&[2]), Err(ProtobufError::UnknownVersion(2)));
+        assert_eq!(entry.merge_from_bytes(&[1, 3]), Err(ProtobufError::UnknownEnum { what: "EntryType", number: 3 }));
         // A length far above what follows reserves nothing.
+        assert_eq!(entry.merge_from_bytes(&[1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0x0f]), Err(ProtobufError::Truncated));
         assert_eq!(
-            entry.merge_from_bytes(&[1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0x0f]),
-            Err(ProtobufError::Truncated)
-        );
-        assert_eq!(
-            entry.merge_from_bytes(&[
-                1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2
-            ]),
+            entry.merge_from_bytes(&[1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2]),
             Err(ProtobufError::NumberTooLarge)
         );
         let mut leave = ConfChangeV2::default();

@@ -18,7 +18,7 @@ pub use confchange::{ConfChangeI, conf_state_eq, new_conf_change_single};
 pub mod prelude {
     //! What `raft` re-exports.
     pub use crate::eraftpb::{
-        ConfChange, ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2,
-        ConfState, Entry, EntryType, HardState, Message, MessageType, Snapshot, SnapshotMetadata,
+        ConfChange, ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType,
+        HardState, Message, MessageType, Snapshot, SnapshotMetadata,
     };
 }

@@ -33,11 +33,7 @@ pub(crate) fn read<T: Field + Default>(mut bytes: &[u8]) -> Result<T, ProtobufEr
     }
     bytes = rest;
     let value = T::take(&mut bytes)?;
-    if bytes.is_empty() {
-        Ok(value)
-    } else {
-        Err(ProtobufError::TrailingBytes)
-    }
+    if bytes.is_empty() { Ok(value) } else { Err(ProtobufError::TrailingBytes) }
 }
 
 impl Field for u64 {
@@ -99,10 +95,7 @@ impl Field for bool {
         match u64::take(from)? {
             0 => Ok(false),
             1 => Ok(true),
-            number => Err(ProtobufError::UnknownEnum {
-                what: "bool",
-                number,
-            }),
+            number => Err(ProtobufError::UnknownEnum { what: "bool", number }),
         }
     }
 }
