@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use bytes::Bytes;
-use common::{Server, TENURE, ended, free_address, refused, wait_for};
+use common::{Server, TENURE, ended, free_address, http, refused, wait_for};
 use tenure_wire::etcd::etcdserverpb as etcd;
 use tenure_wire::tenure::v1;
 use tonic::Code;
@@ -351,6 +351,20 @@ fn connections_that_do_not_go_on_are_closed_and_delay_nobody() {
     });
     wait_for("the silent connections to be closed", limit, || server.open_files() <= files + 2);
     drop(silent);
+}
+
+#[test]
+fn pages_of_other_sites_are_refused() {
+    let server = Server::start(&[]);
+    let put = |origin: &str| {
+        let headers = format!("content-type: text/plain\r\norigin: {origin}\r\n");
+        http(&server.address, "POST", "/v1/kv:put", &headers, br#"{"key":"page","value":"v"}"#).unwrap().status
+    };
+    for foreign in ["http://example.org", "null", "http://127.0.0.1:1"] {
+        assert_eq!(put(foreign), 403, "{foreign}");
+    }
+    assert_eq!(server.get("/v1/kv/page").status, 404, "nothing was written");
+    assert_eq!(put(&format!("http://{}", server.address)), 200, "its own pages may");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -221,6 +222,9 @@ impl Template {
     }
 }
 
+/// Between two pieces of a body; a peer that stays silent for longer gives its connection up.
+const BODY_SILENCE: Duration = Duration::from_secs(20);
+
 pub(crate) async fn serve(app: &Arc<App>, request: Request<Body>, peer: SocketAddr) -> Response<Body> {
     let path = match request.uri().path().strip_prefix(BETA) {
         Some(rest) => Cow::Owned(format!("/v3/{rest}")),
@@ -228,6 +232,12 @@ pub(crate) async fn serve(app: &Arc<App>, request: Request<Body>, peer: SocketAd
     };
     let face = if path.starts_with("/v3/") { Face::EtcdJson } else { Face::NativeJson };
     let verb = request.method().clone();
+    if is_from_elsewhere(&request) {
+        return error_response(
+            face,
+            &Status::new(Code::PermissionDenied, "requests of other sites' pages are refused"),
+        );
+    }
     match app.transcoder().find(&verb, &path) {
         Found::Rule(rule, variables) => match run(app, rule, variables, request, peer).await {
             Ok(response) => response,
@@ -239,6 +249,16 @@ pub(crate) async fn serve(app: &Arc<App>, request: Request<Body>, peer: SocketAd
         }
         Found::OtherVerbs(verbs) => wrong_verb(&verbs),
     }
+}
+
+/// A browser names the site whose page asks. Without this check any page could write to a member on the loopback of whoever looks at it:
+/// a POST of text needs nobody's leave. Programs send no `Origin`.
+fn is_from_elsewhere(request: &Request<Body>) -> bool {
+    let Some(origin) = request.headers().get(header::ORIGIN) else { return false };
+    let host = request.headers().get(header::HOST).map(HeaderValue::as_bytes);
+    let host = host.or_else(|| request.uri().authority().map(|authority| authority.as_str().as_bytes()));
+    let site = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, site)| site.as_bytes());
+    site.is_none() || site != host
 }
 
 fn wrong_verb(verbs: &[&Verb]) -> Response<Body> {
@@ -281,7 +301,11 @@ async fn run(
 async fn read_body(mut body: Body, message_bytes_max: usize) -> Result<Bytes, Status> {
     let max = message_bytes_max * JSON_FACTOR;
     let mut read = BytesMut::new();
-    while let Some(frame) = body.frame().await {
+    loop {
+        let Ok(frame) = tokio::time::timeout(BODY_SILENCE, body.frame()).await else {
+            return Err(Status::new(Code::DeadlineExceeded, "the rest of the body did not come"));
+        };
+        let Some(frame) = frame else { break };
         let frame = frame.map_err(|error| Status::new(Code::Cancelled, format!("reading the body failed: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };
         if read.len() + data.len() > max {
