@@ -45,6 +45,17 @@ pub enum Job {
     },
 }
 
+impl Job {
+    /// What it may add to what the folder takes.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::PrepareSegment { bytes, spare: None, .. } => *bytes,
+            Self::WriteSnapshot { bytes, .. } | Self::FinishSnapshot { bytes, .. } => bytes.len() as u64,
+            Self::PrepareSegment { .. } | Self::Retire { .. } | Self::Remove { .. } => 0,
+        }
+    }
+}
+
 /// What became of a job. The text says why it failed.
 #[derive(Debug)]
 pub enum JobDone {

@@ -20,6 +20,7 @@ mod job;
 mod log;
 mod member;
 mod record;
+mod room;
 mod sessions;
 mod snapshot;
 mod store;

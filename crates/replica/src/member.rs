@@ -18,6 +18,7 @@ use crate::fault::{Fault, OpenError};
 use crate::identity::{self, Identity};
 use crate::job::{Job, JobDone};
 use crate::log::{self, Log, Recovered, Sizes};
+use crate::room::Room;
 use crate::sessions::{Deadlines, Due, Renewing, Told};
 use crate::snapshot::{self, LoadError};
 use crate::store::Store;
@@ -42,6 +43,7 @@ const STAMP_NEAR_MS: u64 = 5_000;
 const STAMP_FAR_MS: u64 = 300_000;
 const NEAR_MS: u64 = 3_600_000;
 const COMPACT_EVERY_MS: u64 = 10_000;
+/// Free space is asked for this often, and at once when what was written since then leaves too little.
 const DISK_EVERY_MS: u64 = 1_000;
 /// Failed jobs are tried again after this long.
 const RETRY_MS: u64 = 5_000;
@@ -96,7 +98,7 @@ pub struct Member<D: Disk> {
     compact_at: u64,
     disk_at: u64,
     retry_at: u64,
-    free_bytes: u64,
+    room: Room,
     alarms: Vec<Alarm>,
     stopping: bool,
     faulty: bool,
@@ -203,7 +205,6 @@ impl<D: Disk> Member<D> {
         store.trim(applied, if config.voters().len() == 1 { 0 } else { CACHE_BYTES });
         let raft = consensus(&config, store, applied)?;
         let clock = Clock::new(now, config.tick_ms, config.election_ms());
-        let free_bytes = u64::MAX;
         Ok(Self {
             disk,
             identity,
@@ -231,7 +232,7 @@ impl<D: Disk> Member<D> {
             compact_at: COMPACT_EVERY_MS,
             disk_at: 0,
             retry_at: 0,
-            free_bytes,
+            room: Room::unknown(),
             alarms,
             stopping: false,
             faulty: false,
@@ -261,7 +262,7 @@ impl<D: Disk> Member<D> {
         self.machine.admit(txn).map_err(Refusal::Memory)?;
         if self.disk_full()
             && !(only_frees(txn)
-                && self.free_bytes.saturating_add(self.log.room()) > 2 * self.queue_bytes as u64 + (4 << 20))
+                && self.room.free().saturating_add(self.log.room()) > 2 * self.queue_bytes as u64 + (4 << 20))
         {
             return Err(Refusal::DiskFull);
         }
@@ -333,6 +334,7 @@ impl<D: Disk> Member<D> {
     }
 
     pub fn job_done(&mut self, done: JobDone) {
+        self.room.job_ends();
         let (what, result) = match done {
             JobDone::SegmentPrepared { id, bytes, result } => {
                 self.log.prepared(id, bytes, result.is_ok());
@@ -399,6 +401,8 @@ impl<D: Disk> Member<D> {
         self.answer_confirmed(out);
         out.answers.extend(self.refused.drain(..).map(|(ticket, refusal)| (ticket, Answer::Refused(refusal))));
         let more = self.housekeeping(out)?;
+        // Now that much may be written: the next callers are judged by it.
+        self.look_at_disk();
         out.wake_at = Some(if more { now } else { self.wake_at() });
         Ok(())
     }
@@ -489,7 +493,10 @@ impl<D: Disk> Member<D> {
     }
 
     fn flush(&mut self) -> Result<(), Fault> {
-        if self.log.flush(&mut self.disk)? {
+        let before = self.log.bytes_written;
+        let wrote = self.log.flush(&mut self.disk)?;
+        self.room.wrote(self.log.bytes_written - before);
+        if wrote {
             self.wrote_at = self.clock.elapsed();
         }
         Ok(())
@@ -853,12 +860,14 @@ impl<D: Disk> Member<D> {
     fn housekeeping(&mut self, out: &mut Effects) -> Result<bool, Fault> {
         let now = self.clock.elapsed();
         let compacting = self.machine.maintain(MAINTAIN_BUDGET);
+        let jobs_before = out.jobs.len();
         if self.retry_at <= now {
             out.jobs.extend(self.log.prepare());
             self.start_snapshot();
         }
         self.write_snapshot(out);
         self.let_go(out);
+        out.jobs.iter().skip(jobs_before).for_each(|job| self.room.job_begins(job));
         if self.log.wants_mark() && now >= self.wrote_at + QUIET_MS {
             self.log.synced_mark();
             self.flush()?;
@@ -886,24 +895,26 @@ impl<D: Disk> Member<D> {
 
     fn look_at_disk(&mut self) {
         let now = self.clock.elapsed();
-        if now < self.disk_at {
+        if now < self.disk_at && !(self.disk_full() && self.room.is_guess()) {
             return;
         }
         self.disk_at = now + DISK_EVERY_MS;
         if let Ok(free) = self.disk.free_bytes() {
-            self.free_bytes = free;
+            self.room.look(free);
         }
     }
 
+    /// What waits counts too, as far as the files of the log have to grow for it.
     fn disk_full(&self) -> bool {
-        self.free_bytes < self.config.disk_reserve_bytes
+        let growth = (self.queue_bytes as u64).saturating_sub(self.log.room());
+        self.room.free().saturating_sub(growth) < self.config.disk_reserve_bytes
     }
 
     fn start_snapshot(&mut self) {
         let due = self.snapshots.log_bytes >= self.config.snapshot_log_bytes || self.log.segments() > SEGMENTS_MAX;
         let newest = self.snapshots.files.last().map_or(0, |f| f.0);
         // A full disk is when a snapshot is wanted most, because it lets log go; but it must fit.
-        let fits = || self.free_bytes >= self.machine.memory().used.saturating_add(4 << 20);
+        let fits = || self.room.free() >= self.machine.memory().used.saturating_add(4 << 20);
         if !due || self.snapshots.writing.is_some() || self.machine.position().index.0 <= newest || !fits() {
             return;
         }
@@ -1035,7 +1046,7 @@ impl<D: Disk> Member<D> {
         let raft = &self.raft.raft;
         let mut alarms = self.alarms.clone();
         if self.disk_full() {
-            alarms.push(Alarm::DiskFull { free: self.free_bytes, reserve: self.config.disk_reserve_bytes });
+            alarms.push(Alarm::DiskFull { free: self.room.free(), reserve: self.config.disk_reserve_bytes });
         }
         Status {
             member: self.config.member,

@@ -500,6 +500,51 @@ fn a_full_disk_refuses_growth_before_the_log_fails_and_recovers_by_itself() {
     assert_eq!(rig.member.status().alarms, []);
 }
 
+/// Writes 256 KiB at a time within one look at the disk, `at_once` in one poll, until it is refused. Gives how many were acknowledged.
+fn overrun(rig: &mut Rig, at_once: usize) -> usize {
+    let mut acknowledged = 0;
+    for i in 0.. {
+        let tickets: Vec<_> =
+            (0..at_once).map(|j| rig.member.submit(put(&format!("k{i}-{j}"), &[1; 256 << 10]))).collect();
+        let answers = rig.poll();
+        acknowledged += answers.iter().filter(|(_, a)| matches!(a, Answer::Done(_))).count();
+        if let Some(refusal) = tickets.into_iter().find_map(Result::err) {
+            assert_eq!(refusal, Refusal::DiskFull);
+            return acknowledged;
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn a_disk_faster_than_the_looks_at_it_is_not_overrun() {
+    for at_once in [1, 100] {
+        for with_jobs in [false, true] {
+            let mut rig = Rig::new(Config { disk_reserve_bytes: 1 << 20, snapshot_log_bytes: 1 << 20, ..small(1) });
+            rig.disk.set_capacity(16 << 20);
+            rig.pass(DISK_EVERY_MS);
+            let mut acknowledged = 0;
+            // All in one millisecond. Jobs take room too.
+            for _ in 0..5 {
+                acknowledged += overrun(&mut rig, at_once);
+                if with_jobs {
+                    rig.work();
+                }
+            }
+            // The state is in the log, and with jobs perhaps in one snapshot and a half besides.
+            let least = if with_jobs { 20 } else { 50 };
+            assert!((least..64).contains(&acknowledged), "{acknowledged}");
+            let free = rig.disk.clone().free_bytes().unwrap();
+            assert!(free >= 256 << 10, "{free} bytes are left for what frees");
+            let disk = rig.crash();
+            // Whatever no later word proves is copied at a start: here all of it may have come in one batch.
+            disk.set_capacity(u64::MAX);
+            let rig = Rig::on(disk, small(2));
+            assert_eq!(rig.member.machine().counts().keys, acknowledged as u64);
+        }
+    }
+}
+
 #[test]
 fn a_full_disk_still_takes_what_frees() {
     let mut rig = Rig::new(Config { disk_reserve_bytes: 64 << 20, ..config(1) });
