@@ -53,14 +53,19 @@ impl Record {
         Self(Arc::from(b.as_slice()))
     }
 
-    /// Takes stored bytes, if they are a record.
+    /// Takes stored bytes, if they are a record as `new` makes it: its numbers in their shortest form, so that one record has one encoding.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (len, rest) = bytes.split_first_chunk::<4>()?;
         let len = u32::from_le_bytes(*len) as usize;
         let (&flags, mut rest) = rest.get(len..)?.split_first()?;
         let mut n = [0; 6];
         for slot in &mut n {
+            let before = rest;
             *slot = take_varint(&mut rest)?;
+            let taken = &before[..before.len() - rest.len()];
+            if taken.len() > 1 && taken.ends_with(&[0]) {
+                return None;
+            }
         }
         let sound = len >= Key::PREFIX && flags <= 1 && n[1] <= u64::from(u32::MAX) && n[5] <= rest.len() as u64;
         sound.then(|| Self(Arc::from(bytes)))
@@ -162,4 +167,30 @@ pub(crate) fn take_varint(b: &mut &[u8]) -> Option<u64> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_has_one_encoding() {
+        let meta = Meta { mod_revision: Revision(300), create_revision: Revision(4), version: 1, ..Meta::default() };
+        let key = Key::new(Space::Keys, NamespaceId::DEFAULT, b"k");
+        let record = Record::new(key.as_bytes(), meta, b"t", b"value");
+        let bytes = record.as_bytes();
+        assert_eq!(Record::from_bytes(bytes), Some(record.clone()));
+        // Each number once with an empty group of bits behind it: it would say the same in more bytes.
+        let mut at = 4 + record.key().len() + 1;
+        for number in 0..6 {
+            while bytes[at] & 0x80 != 0 {
+                at += 1;
+            }
+            let mut longer = bytes.to_vec();
+            longer[at] |= 0x80;
+            longer.insert(at + 1, 0);
+            assert_eq!(Record::from_bytes(&longer), None, "number {number}");
+            at += 1;
+        }
+    }
 }
