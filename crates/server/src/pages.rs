@@ -64,6 +64,10 @@ pub(crate) async fn serve(app: &App, verb: &Method, uri: &Uri) -> Response<Body>
     if !known && subpath.is_none() {
         return plain(StatusCode::NOT_FOUND, "404 page not found\n");
     }
+    if path == "/" && !matches!(*verb, Method::GET | Method::HEAD) {
+        // As etcd, which has no page there.
+        return plain(StatusCode::NOT_FOUND, "404 page not found\n");
+    }
     if !matches!(*verb, Method::GET | Method::HEAD) {
         let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed\n");
         response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));

@@ -146,7 +146,7 @@ impl Transcoder {
 
 /// Whether the path is below a prefix of JSON calls.
 pub(crate) fn owns(path: &str) -> bool {
-    path.starts_with("/v1/") || path.starts_with("/v3/") || path.starts_with(BETA)
+    path.starts_with("/v1/") || path == "/v3" || path.starts_with("/v3/") || path.starts_with(BETA)
 }
 
 /// A path with variables: `/v1/locks/{name=**}`. A variable stands for one segment, or with `**` for all that are left.
@@ -230,7 +230,7 @@ pub(crate) async fn serve(app: &Arc<App>, request: Request<Body>, peer: SocketAd
         Some(rest) => Cow::Owned(format!("/v3/{rest}")),
         None => Cow::Borrowed(request.uri().path()),
     };
-    let face = if path.starts_with("/v3/") { Face::EtcdJson } else { Face::NativeJson };
+    let face = if path.starts_with("/v3") { Face::EtcdJson } else { Face::NativeJson };
     let verb = request.method().clone();
     if is_from_elsewhere(&request) {
         return error_response(

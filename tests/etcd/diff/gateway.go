@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -34,6 +35,9 @@ func b64(text string) string { return base64.StdEncoding.EncodeToString([]byte(t
 
 // canonical parses JSON and prints it with sorted keys; header ids and the term become "set", a text that is no JSON stays as it is.
 func canonical(body []byte) string {
+	// Go's JSON library writes a no-break space in place of a space in its errors, or not, by a hash of the program.
+	body = bytes.ReplaceAll(body, []byte("\u00a0"), []byte(" "))
+
 	var value any
 	decoder := json.NewDecoder(strings.NewReader(string(body)))
 	decoder.UseNumber()
@@ -211,7 +215,8 @@ func gatewayPaths(c *comparison) {
 	for _, path := range []string{"/", "/v3", "/v3/", "/v3/kv", "/v3/kv/nope", "/v3/kv/put/", "/v2/keys", "/v3beta/kv/put", "/v3/kv/rangestream", "/nope"} {
 		gateway(c, http.MethodPost, path, `{"key":"YQ=="}`)
 	}
-	for _, path := range []string{"/v3/kv/put", "/v3/kv/range", "/nope", "/", "/v3/nope"} {
+	// Not "/": we have a page there, etcd has none.
+	for _, path := range []string{"/v3/kv/put", "/v3/kv/range", "/nope", "/v3/nope"} {
 		gateway(c, http.MethodGet, path, "")
 	}
 	gateway(c, http.MethodPut, "/v3/kv/put", `{"key":"YQ=="}`)

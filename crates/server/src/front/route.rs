@@ -34,8 +34,19 @@ pub(super) fn tower_services() -> Result<HashMap<&'static str, TowerCall>, Front
     services.insert("grpc.reflection.v1alpha.ServerReflection", mount(builder().build_v1alpha().map_err(broken)?));
     // A fresh reporter says SERVING for the server as a whole, the empty name, which is what balancers ask for.
     let (_, health) = tonic_health::server::health_reporter();
-    services.insert("grpc.health.v1.Health", mount(health));
+    let health = mount(health);
+    let in_etcds_words: TowerCall = Arc::new(move |request| health(request).map(say_unknown_service).boxed());
+    services.insert("grpc.health.v1.Health", in_etcds_words);
     Ok(services)
+}
+
+/// The text of grpc-go, and so of etcd, for a service that is not known.
+fn say_unknown_service(mut response: Response<Body>) -> Response<Body> {
+    let not_found = header::HeaderValue::from_static("5");
+    if response.headers().get("grpc-status") == Some(&not_found) {
+        response.headers_mut().insert("grpc-message", header::HeaderValue::from_static("unknown service"));
+    }
+    response
 }
 
 fn mount<S>(service: S) -> TowerCall
