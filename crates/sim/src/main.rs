@@ -10,8 +10,8 @@ use tenure_sim::trace::Trace;
 use tenure_sim::world::{self, Options, Report};
 use tenure_sim::{fuzz, lists};
 
-const FIXED_SEEDS: u64 = 1_200;
-const FRESH_SEEDS: u64 = 400;
+const FIXED_SEEDS: u64 = 1_500;
+const FRESH_SEEDS: u64 = 500;
 /// Each is one run of a short scenario whose power goes at the n-th call to the disk.
 const CRASH_STEPS: u64 = 800;
 const LISTS: u64 = 300;
