@@ -231,6 +231,11 @@ impl Machine {
         self.locks.info(&LockKey::new(ns, name))
     }
 
+    /// Whether somebody holds the lock, so that an acquire would have to wait as things stand.
+    pub fn is_held(&self, ns: NamespaceId, name: &[u8]) -> bool {
+        self.locks.get(&LockKey::new(ns, name)).is_some()
+    }
+
     /// Up to `max` held locks whose names begin with `prefix` and come after `after`, in the order of names.
     pub fn locks(&self, ns: NamespaceId, prefix: &[u8], after: Option<&[u8]>, max: usize) -> Vec<LockInfo> {
         self.locks.list(ns, prefix, after).take(max).filter_map(|key| self.locks.info(key)).collect()

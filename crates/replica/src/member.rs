@@ -29,7 +29,7 @@ use raft_proto::ConfChangeI;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tenure_machine::{
     Applied, Batch, Index, LogTime, Machine, MemberId, Op, Origin, Position, Rejection, SessionEvent, SessionId, Term,
-    Ticket, Txn,
+    Ticket, Txn, Wait,
 };
 
 /// Numbers of reads and renewals, so that those of transactions stay without gaps in a batch.
@@ -38,6 +38,8 @@ const READ_NUMBERS: u64 = 1 << 63;
 const DUE_MAX: usize = 256;
 /// The log is quiet after this long, and gets its synced mark.
 const QUIET_MS: u64 = 200;
+/// How long an acquire that will only join a queue of waiters may wait for company; see `rides_along`.
+const RIDE_MS: u64 = 2;
 /// Log time is stamped this often while a deadline is near, and otherwise.
 const STAMP_NEAR_MS: u64 = 5_000;
 const STAMP_FAR_MS: u64 = 300_000;
@@ -76,6 +78,8 @@ pub struct Member<D: Disk> {
 
     /// Transactions for the next poll, with their sizes; they have the numbers before `next_number`.
     queue: VecDeque<(Txn, usize)>,
+    /// Since when the queue holds nothing but acquires that will wait.
+    riding_since: Option<u64>,
     queue_bytes: usize,
     next_number: u64,
     /// Callers of transactions that have no answer yet.
@@ -215,6 +219,7 @@ impl<D: Disk> Member<D> {
             lead: None,
             leader_changes: 0,
             queue: VecDeque::new(),
+            riding_since: None,
             queue_bytes: 0,
             next_number: 1,
             waiting: BTreeSet::new(),
@@ -629,6 +634,9 @@ impl<D: Disk> Member<D> {
         if self.queue.is_empty() && self.stamp_is_due() {
             self.propose_batch(self.next_number, Vec::new())?;
         }
+        if self.rides_along() {
+            return Ok(());
+        }
         while !self.queue.is_empty() {
             let first = self.next_number - self.queue.len() as u64;
             let txns = self.next_batch();
@@ -638,6 +646,36 @@ impl<D: Disk> Member<D> {
             }
         }
         Ok(())
+    }
+
+    /// Whether everything queued can wait a moment for company: acquires of held locks answer nobody when they are committed, they only
+    /// join a queue. On a contended lock the release by the next holder comes within that moment, and with a sync of their own they would
+    /// stand in front of it; so each hand-over costs one sync and not two. Their order is kept.
+    fn rides_along(&mut self) -> bool {
+        let now = self.clock.elapsed();
+        let joins_only =
+            !self.queue.is_empty() && !self.stopping && self.queue.iter().all(|(txn, _)| self.only_joins(txn));
+        if !joins_only {
+            self.riding_since = None;
+            return false;
+        }
+        let since = *self.riding_since.get_or_insert(now);
+        if now < since + RIDE_MS {
+            return true;
+        }
+        self.riding_since = None;
+        false
+    }
+
+    fn only_joins(&self, txn: &Txn) -> bool {
+        match txn.then.as_slice() {
+            [Op::LockAcquire(acquire)] => {
+                acquire.wait != Wait::None
+                    && acquire.create.is_none()
+                    && self.machine.is_held(txn.namespace, &acquire.name)
+            }
+            _ => false,
+        }
     }
 
     fn next_batch(&mut self) -> Vec<Txn> {
@@ -889,6 +927,9 @@ impl<D: Disk> Member<D> {
         }
         if self.log.wants_mark() {
             at = at.min(self.wrote_at + QUIET_MS);
+        }
+        if let Some(since) = self.riding_since {
+            at = at.min(since + RIDE_MS);
         }
         self.clock.moment(at.max(now + 1))
     }

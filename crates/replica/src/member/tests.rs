@@ -709,7 +709,8 @@ fn a_wait_ends_by_an_entry_that_only_stamps() {
     }
     rig.ok(acquire(5, Wait::None));
     let waiting = rig.member.submit(acquire(6, Wait::Ms(7_000))).unwrap();
-    assert_eq!(rig.poll(), []);
+    // It found no company; the wait counts from its entry.
+    assert_eq!(rig.pass(RIDE_MS), []);
     let index = rig.member.status().applied;
     assert_eq!(rig.pass(6_999), []);
     assert_eq!(rig.member.status().applied, index + 1, "stamped once on the way, after five seconds");
@@ -968,4 +969,36 @@ fn a_deposed_leader_neither_renews_nor_expires() {
     for member in &group.members {
         assert!(member.machine().session(SessionId(5)).is_some(), "nobody ended it: it was renewed all the time");
     }
+}
+
+/// One sync for each hand-over of a contended lock: whoever only joins the queue does not have one of its own in front of the next release.
+#[test]
+fn an_acquire_that_must_wait_rides_along() {
+    let mut rig = Rig::new(config(1));
+    for id in [1, 2, 3] {
+        rig.member.submit(Txn::of(Op::SessionCreate(session(id, 60_000)))).unwrap();
+    }
+    rig.member.submit(acquire(1, Wait::None)).unwrap();
+    assert_eq!(rig.poll().len(), 4);
+    let index = |rig: &Rig| rig.member.status().last_index;
+    let before = index(&rig);
+    rig.member.submit(acquire(2, Wait::Forever)).unwrap();
+    assert!(rig.poll().is_empty());
+    assert_eq!(index(&rig), before, "alone it waits for company");
+    rig.member.submit(put("k", b"v")).unwrap();
+    assert_eq!(rig.poll().len(), 1, "the put is answered at once");
+    assert_eq!(index(&rig), before + 1, "both are in one entry");
+
+    let alone = rig.member.submit(acquire(3, Wait::Ms(50))).unwrap();
+    assert!(rig.poll().is_empty());
+    let wake = rig.out.wake_at.unwrap().0;
+    assert!(wake <= rig.now + RIDE_MS, "the driver is told to come back");
+    rig.pass(RIDE_MS);
+    assert_eq!(index(&rig), before + 2, "without company it goes alone");
+    let answers = rig.pass(200);
+    let timed_out = answers.iter().find(|(ticket, _)| *ticket == alone).map(|(_, answer)| answer);
+    assert!(
+        matches!(timed_out, Some(Answer::Done(Reply { result: Err(Rejection::TimeoutWaiting { .. }), .. }))),
+        "its deadline stands: {timed_out:?}"
+    );
 }
