@@ -155,8 +155,8 @@ fn etcd_tools(tally: &mut Tally) -> Option<String> {
     done.then(|| folder.display().to_string())
 }
 
-/// The program under test, of the profile that the other tests built.
+/// How to start the program under test, of the profile that the other tests built; the suites fill in folder and port.
 fn tenure(tally: &mut Tally) -> String {
     tally.quiet_step("build tenure", |t| t.cargo(&["build", "--quiet", "--package", "tenure"]));
-    root().join("target/debug/tenure").display().to_string()
+    format!("{} serve --data-dir {{dir}} --listen 127.0.0.1:{{port}}", root().join("target/debug/tenure").display())
 }
