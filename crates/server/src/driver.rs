@@ -514,7 +514,8 @@ pub enum Ending {
 /// The running driver.
 pub(crate) struct Driver {
     pub(crate) handle: Handle,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// The driver's and the worker's: both hold the folder open.
+    threads: Mutex<Vec<JoinHandle<()>>>,
     ending: tokio::sync::watch::Receiver<Option<Ending>>,
 }
 
@@ -544,7 +545,9 @@ impl Driver {
         };
         let (jobs, job_queue) = std::sync::mpsc::channel::<Job>();
         let worker_events = events;
-        std::thread::Builder::new().name("worker".to_owned()).spawn(move || work(disk, &job_queue, &worker_events))?;
+        let worker = std::thread::Builder::new()
+            .name("worker".to_owned())
+            .spawn(move || work(disk, &job_queue, &worker_events))?;
         let (mailbox, mail) = tokio::sync::mpsc::unbounded_channel();
         tokio::spawn(deliver_mail(mail));
         let (ending_to, ending) = tokio::sync::watch::channel(None);
@@ -559,7 +562,7 @@ impl Driver {
             own.stopping.store(true, Ordering::Release);
             let _ = ending_to.send(Some(ending));
         })?;
-        Ok(Self { handle, thread: Mutex::new(Some(thread)), ending })
+        Ok(Self { handle, threads: Mutex::new(vec![thread, worker]), ending })
     }
 
     /// Ends when the driver has.
@@ -571,12 +574,13 @@ impl Driver {
         }
     }
 
-    /// Asks the driver to end, and waits for it.
+    /// Asks the driver to end, and waits for it and for the job under way, so that the folder is free.
     pub(crate) async fn stop(&self) -> Ending {
         self.handle.stopping.store(true, Ordering::Release);
         let _ = self.handle.send_patiently(Event::Stop).await;
         let ending = self.ended().await;
-        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
             let _ = thread.join();
         }
         ending
