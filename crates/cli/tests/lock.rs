@@ -8,6 +8,8 @@
 #![allow(clippy::unwrap_used)]
 #![cfg(target_os = "linux")]
 
+mod common;
+
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
@@ -15,56 +17,39 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use common::TENURE;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
-const TENURE: &str = env!("CARGO_BIN_EXE_tenure");
+/// The shared server process, with what these tests ask of it.
+struct Server(common::Server);
 
-/// A server process with a folder of its own; both end with the test.
-struct Server {
-    process: Child,
-    address: String,
-    folder: tempfile::TempDir,
-}
+const FLAGS: [&str; 2] = ["--log-level", "warn"];
 
 impl Server {
     fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        // Free a moment ago; nobody else on this machine looks for this one.
-        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let process = spawn_server(&address, folder.path());
-        let server = Self { process, address, folder };
-        server.await_ready();
-        server
+        Self(common::Server::start(&FLAGS))
     }
 
     /// kill -9, then the same folder and address again.
     fn restart(&mut self) {
         self.kill();
-        self.process = spawn_server(&self.address, self.folder.path());
-        self.await_ready();
+        self.0.start_again(&FLAGS);
     }
 
     fn kill(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-    }
-
-    fn await_ready(&self) {
-        wait_for("the server", || {
-            self.tenure(&["kv", "put", "ready", "yes", "--command-timeout", "300ms"]).output().unwrap().status.success()
-        });
+        self.0.kill();
     }
 
     fn tenure(&self, args: &[&str]) -> Command {
         let mut command = Command::new(TENURE);
-        command.args(args).env("TENURE_ENDPOINTS", &self.address).env("TENURE", TENURE).stdin(Stdio::null());
+        command.args(args).env("TENURE_ENDPOINTS", &self.0.address).env("TENURE", TENURE).stdin(Stdio::null());
         command
     }
 
     /// `tenure lock` with these flags, running this shell script.
     fn lock(&self, flags: &[&str], script: &str) -> Command {
         let mut command = self.tenure(&["lock"]);
-        command.args(flags).args(["--", "sh", "-c", script]).current_dir(self.folder.path());
+        command.args(flags).args(["--", "sh", "-c", script]).current_dir(self.0.folder.path());
         command
     }
 
@@ -77,7 +62,7 @@ impl Server {
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.0.folder.path().join(name)
     }
 
     fn read(&self, name: &str) -> String {
@@ -91,30 +76,8 @@ impl Server {
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-fn spawn_server(address: &str, folder: &Path) -> Child {
-    let data = folder.join("data");
-    Command::new(TENURE)
-        .args(["serve", "--listen", address, "--log-level", "warn", "--data-dir"])
-        .arg(data)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap()
-}
-
-fn wait_for(what: &str, mut ready: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
-    while !ready() {
-        assert!(Instant::now() < until, "gave up waiting for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+fn wait_for(what: &str, ready: impl FnMut() -> bool) {
+    common::wait_for(what, Duration::from_secs(20), ready);
 }
 
 fn pid(number: &str) -> Pid {
@@ -287,7 +250,7 @@ fn the_environment_names_the_grant() {
         ("a b".into(), "a b".into(), "true".into())
     );
     assert_eq!(value("TENURE_TOKEN"), value("ETCD_LOCK_REV"));
-    assert_eq!(value("TENURE_ENDPOINTS"), server.address);
+    assert_eq!(value("TENURE_ENDPOINTS"), server.0.address);
     assert!(value("TENURE_TOKEN").parse::<u64>().unwrap() > 1 && value("TENURE_SESSION").parse::<u64>().unwrap() > 0);
     let deadline: u128 = value("TENURE_DEADLINE_MS").parse().unwrap();
     assert!(deadline > began_ms + 15_000 && deadline < began_ms + 25_000, "{deadline} {began_ms}");
