@@ -70,7 +70,7 @@ fn test(tally: &mut Tally) {
     tally.step("build", |t| t.cargo(&["build", "--workspace", "--all-targets"]));
     tally.step("clippy", |t| t.cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
     tally.step("documentation", |t| {
-        t.cargo_with(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])
+        t.clone().with("RUSTDOCFLAGS", "-D warnings").cargo(&["doc", "--workspace", "--no-deps"])
     });
     deny(tally);
     tally.step("unit, script and integration tests", |t| t.cargo(&["test", "--workspace", "--no-fail-fast"]));

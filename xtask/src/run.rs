@@ -109,11 +109,6 @@ impl Runner {
         self.command(env!("CARGO"), args)
     }
 
-    pub(crate) fn cargo_with(&self, args: &[&str], environment: &[(&str, &str)]) -> Outcome {
-        let with = environment.iter().fold(self.clone(), |r, (name, value)| r.with(name, value));
-        with.command(env!("CARGO"), args)
-    }
-
     /// Runs to the end, shows what it prints, and counts the totals in it. An exit code other than 0 is a failure whatever it counted.
     pub(crate) fn command(&self, program: &str, args: &[&str]) -> Outcome {
         let mut command = Command::new(program);

@@ -1069,11 +1069,6 @@ impl<D: Disk> Member<D> {
         &self.machine
     }
 
-    /// For what only the owner may do beside apply; nothing that apply does goes through here.
-    pub fn set_memory_limits(&mut self, limits: tenure_machine::MemoryLimits) {
-        self.machine.set_memory_limits(limits);
-    }
-
     /// What is left of a session's time, if this member leads.
     pub fn remaining_ms(&self, session: SessionId, now: Millis) -> Option<u64> {
         self.deadlines.remaining_ms(self.clock.elapsed_at(now), session)

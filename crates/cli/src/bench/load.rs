@@ -242,7 +242,6 @@ struct RecipeMutex {
     rpc: Rpc,
     prefix: String,
     lease: i64,
-    acquired: Arc<AtomicU64>,
 }
 
 impl RecipeMutex {
@@ -331,7 +330,6 @@ impl RecipeMutex {
 impl Client for RecipeMutex {
     async fn operate(&mut self) -> Result<()> {
         self.lock().await?;
-        self.acquired.fetch_add(1, Ordering::Relaxed);
         let delete = pb::DeleteRangeRequest { key: self.my_key().into(), ..Default::default() };
         let _: pb::DeleteRangeResponse = self.rpc.unary(DELETE, &delete).await?;
         Ok(())
@@ -340,13 +338,12 @@ impl Client for RecipeMutex {
 
 /// Acquire and release by the recipe of etcd's Go client; `shared`: all contend for one name.
 pub(crate) async fn recipe_mutex(target: &Target, shared: bool) -> Result<Figures> {
-    let acquired = Arc::new(AtomicU64::new(0));
     let mut clients = Vec::new();
     for i in 0..target.clients {
         let mut rpc = Rpc::connect(&target.endpoint).await?;
         let lease = grant(&mut rpc, 60).await?;
         let prefix = if shared { "bench-mutex/hot".to_owned() } else { format!("bench-mutex/own{i}") };
-        clients.push(RecipeMutex { rpc, prefix, lease, acquired: acquired.clone() });
+        clients.push(RecipeMutex { rpc, prefix, lease });
     }
     closed_loop(target, clients).await
 }
