@@ -270,6 +270,7 @@ func (s *side) call(st step) result {
 		close(ended)
 	}()
 	var beside *exec.Cmd
+	besideOut := &lineCounter{reached: make(chan struct{}), first: make(chan struct{})}
 	if st.beside != "" {
 		// A watch prints nothing until there is an event, so its start is given some time.
 		select {
@@ -277,6 +278,7 @@ func (s *side) call(st step) result {
 		case <-time.After(500 * time.Millisecond):
 		}
 		beside = s.command(ctx, st.beside)
+		beside.Stdout = besideOut
 		_ = beside.Start()
 	}
 	code := 0
@@ -301,6 +303,11 @@ func (s *side) call(st step) result {
 		code = cmd.ProcessState.ExitCode()
 	}
 	if beside != nil {
+		// The watcher may see what this command did before the command itself knows: an elect that is interrupted then leaves its key.
+		select {
+		case <-besideOut.first:
+		case <-time.After(3 * time.Second):
+		}
 		_ = beside.Process.Signal(os.Interrupt)
 		_ = beside.Wait()
 	}
