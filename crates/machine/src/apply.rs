@@ -8,11 +8,12 @@
 //! Relies on. Each entry is applied once, in order; a `Fault` is the end of the member.
 
 use crate::check;
-use crate::codec::{DecodeError, name};
+use crate::codec::{DecodeError, fold, name};
 use crate::command::*;
 use crate::history::{Marks, Ring, Sums};
 use crate::keys::Keys;
 use crate::locks::{Lock, LockKey, Locks, OwnerKey, Waiter, WaiterNumber};
+use crate::members::{self, Members};
 use crate::record::{Meta, Record};
 use crate::reply::*;
 use crate::requests::{Requests, Seen};
@@ -24,7 +25,9 @@ use std::fmt;
 use std::sync::Arc;
 
 /// The newest behaviour version that this release knows.
-pub const BEHAVIOUR: u16 = 1;
+pub const BEHAVIOUR: u16 = 2;
+/// The first version that has `Op::Checksum`.
+const CHECKSUMS: u16 = 2;
 
 /// Where in the log the machine is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -124,6 +127,7 @@ pub struct Machine {
     pub(crate) locks: Locks,
     pub(crate) requests: Requests,
     pub(crate) ring: Ring,
+    pub(crate) members: Members,
     pub(crate) marks: Marks,
     pub(crate) sums: Sums,
     // Of this member, not of the state: nothing below is read by apply.
@@ -154,6 +158,7 @@ impl Machine {
             locks: Locks::new(),
             requests: Requests::new(),
             ring: Ring::new(),
+            members: Members::new(),
             marks: Marks::new(),
             sums: Sums::new(Index(0), 0),
             memory_limits: crate::query::MemoryLimits::default(),
@@ -451,6 +456,7 @@ mod sum_event {
     pub(super) const WAIT_BEGAN: u64 = 2;
     pub(super) const SESSION_CREATED: u64 = 3;
     pub(super) const SESSION_ENDED: u64 = 4;
+    pub(super) const MEMBER: u64 = 5;
 }
 
 /// How to take back one step.
@@ -603,11 +609,20 @@ impl<'a> Commit<'a> {
             Op::Compact { revision } => self.compact(*revision),
             Op::Genesis { cluster, issuer } => self.genesis(*cluster, *issuer),
             Op::RaiseBehaviour { to } => {
+                self.m.members.check_behaviour(*to)?;
                 self.m.behaviour = self.m.behaviour.max(*to);
                 Ok(OpReply::Done)
             }
             Op::SetLimit { limit, value } => self.set_limit(*limit, *value),
+            Op::Checksum { .. } if self.m.behaviour < CHECKSUMS => Err(Rejection::NotYet { behaviour: CHECKSUMS }),
+            // It was compared before the entry was applied.
             Op::Checksum { .. } => Ok(OpReply::Done),
+            Op::MemberAdd { .. }
+            | Op::MemberPromote { .. }
+            | Op::MemberRemove { .. }
+            | Op::MemberUpdate { .. }
+            | Op::MemberRegister { .. }
+            | Op::MemberSeen { .. } => self.member(op),
             Op::Txn(_) => Err(invalid("a nested transaction stands in a list of operations")),
         }
     }
@@ -1007,6 +1022,14 @@ impl<'a> Commit<'a> {
     }
 
     // ---- System ----
+
+    fn member(&mut self, op: &Op) -> Result<OpReply, Rejection> {
+        let record = self.m.members.change(op, self.m.behaviour)?;
+        let mut bytes = Vec::new();
+        members::write(&mut bytes, &record);
+        self.m.sums.event([sum_event::MEMBER, record.id.0, fold(0, &bytes)]);
+        Ok(OpReply::Member(Box::new(record)))
+    }
 
     fn genesis(&mut self, cluster: u64, issuer: [u8; 16]) -> Result<OpReply, Rejection> {
         if self.m.cluster != 0 || cluster == 0 {

@@ -9,6 +9,7 @@
 //! Numbers are LEB128, signed ones zigzag first; byte strings and lists begin with their length. docs/formats.md shows examples.
 
 use crate::command::*;
+use crate::members;
 use crate::record::Record;
 use crate::reply::*;
 use crate::types::*;
@@ -86,6 +87,12 @@ numbers!(
         LockAcquire = 32,
         LockRelease = 33,
         LockCancel = 34,
+        MemberAdd = 224,
+        MemberPromote = 225,
+        MemberRemove = 226,
+        MemberUpdate = 227,
+        MemberRegister = 228,
+        MemberSeen = 229,
         Genesis = 240,
         RaiseBehaviour = 241,
         SetLimit = 242,
@@ -106,6 +113,7 @@ numbers!(
         LockGranted = 32,
         LockReleased = 33,
         LockCancelled = 34,
+        Member = 224,
         Done = 240,
         ResultNotRetained = 241,
     }
@@ -135,6 +143,10 @@ numbers!(
         NotFound = 18,
         Invalid = 19,
         NotYet = 20,
+        MemberExists = 21,
+        MemberRemoved = 22,
+        OtherStorage = 23,
+        RolledBack = 24,
     }
 );
 
@@ -148,11 +160,12 @@ numbers!(
     /// `Shared` (2) and `Permits` (3) are reserved.
     ModeNumber as "lock mode" { Exclusive = 1, }
 );
+numbers!(RoleNumber as "member role" { Learner = 1, Voter = 2, Removed = 3, });
 numbers!(WaitNumber as "wait" { None = 0, Ms = 1, Forever = 2, });
 numbers!(RequestNumber as "request id" { None = 0, Session = 1, Uuid = 2, });
 
 /// The things that refusals name. The place in this list is stored: append only.
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 11] = [
     name::OTHER,
     name::WAITERS,
     name::SESSION_THINGS,
@@ -162,6 +175,8 @@ const NAMES: [&str; 9] = [
     name::LOCK,
     name::KEY,
     name::NAMESPACE,
+    name::MEMBER,
+    name::MEMBERS,
 ];
 
 /// What a refusal is about, as `Quota`, `RateLimited` and `NotFound` name it.
@@ -175,6 +190,8 @@ pub(crate) mod name {
     pub(crate) const LOCK: &str = "lock";
     pub(crate) const KEY: &str = "key";
     pub(crate) const NAMESPACE: &str = "namespace";
+    pub(crate) const MEMBER: &str = "member";
+    pub(crate) const MEMBERS: &str = "members";
 }
 
 // ---- Reading and writing of the parts ----
@@ -669,6 +686,43 @@ fn write_op(b: &mut Vec<u8>, op: &Op) {
             b.varint(at.0);
             b.extend_from_slice(&sum.to_le_bytes());
         }
+        Op::MemberAdd { id, name, peer, role, replaces, join } => {
+            b.push(OpNumber::MemberAdd as u8);
+            b.varint(id.0);
+            b.bytes(name.as_bytes());
+            b.bytes(peer.as_bytes());
+            write_role(b, *role);
+            b.option(*replaces, |b, id| b.varint(id.0));
+            b.extend_from_slice(join);
+        }
+        Op::MemberPromote { id } => {
+            b.push(OpNumber::MemberPromote as u8);
+            b.varint(id.0);
+        }
+        Op::MemberRemove { id } => {
+            b.push(OpNumber::MemberRemove as u8);
+            b.varint(id.0);
+        }
+        Op::MemberUpdate { id, peer } => {
+            b.push(OpNumber::MemberUpdate as u8);
+            b.varint(id.0);
+            b.bytes(peer.as_bytes());
+        }
+        Op::MemberRegister { id, storage, boots, peer, clients, behaviour, release } => {
+            b.push(OpNumber::MemberRegister as u8);
+            b.varint(id.0);
+            b.extend_from_slice(storage);
+            b.varint(*boots);
+            b.bytes(peer.as_bytes());
+            b.list(clients, |b, url| b.bytes(url.as_bytes()));
+            b.varint(u64::from(*behaviour));
+            b.bytes(release.as_bytes());
+        }
+        Op::MemberSeen { id, index } => {
+            b.push(OpNumber::MemberSeen as u8);
+            b.varint(id.0);
+            b.varint(index.0);
+        }
     }
 }
 
@@ -712,11 +766,32 @@ fn read_op(r: &mut Reader<'_>) -> Decoded<Op> {
             request: read_request(r)?,
         },
         OpNumber::Genesis => Op::Genesis { cluster: r.u64_fixed("a genesis")?, issuer: r.array("a genesis")? },
-        OpNumber::RaiseBehaviour => Op::RaiseBehaviour {
-            to: u16::try_from(r.varint("a behaviour")?).map_err(|_| DecodeError::Malformed { what: "a behaviour" })?,
-        },
+        OpNumber::RaiseBehaviour => Op::RaiseBehaviour { to: read_behaviour(r)? },
         OpNumber::SetLimit => Op::SetLimit { limit: read_limit(r)?, value: r.varint("a limit")? },
         OpNumber::Checksum => Op::Checksum { at: Index(r.varint("a checksum")?), sum: r.u64_fixed("a checksum")? },
+        OpNumber::MemberAdd => Op::MemberAdd {
+            id: MemberId(r.varint("a member")?),
+            name: r.text("a member")?,
+            peer: r.text("a member")?,
+            role: read_role(r)?,
+            replaces: r.option("a member", |r| Ok(MemberId(r.varint("a member")?)))?,
+            join: r.array("a member")?,
+        },
+        OpNumber::MemberPromote => Op::MemberPromote { id: MemberId(r.varint("a member")?) },
+        OpNumber::MemberRemove => Op::MemberRemove { id: MemberId(r.varint("a member")?) },
+        OpNumber::MemberUpdate => Op::MemberUpdate { id: MemberId(r.varint("a member")?), peer: r.text("a member")? },
+        OpNumber::MemberRegister => Op::MemberRegister {
+            id: MemberId(r.varint("a member")?),
+            storage: r.array("a member")?,
+            boots: r.varint("a member")?,
+            peer: r.text("a member")?,
+            clients: r.list("a member", |r| r.text("a member"))?,
+            behaviour: read_behaviour(r)?,
+            release: r.text("a member")?,
+        },
+        OpNumber::MemberSeen => {
+            Op::MemberSeen { id: MemberId(r.varint("a member")?), index: Index(r.varint("a member")?) }
+        }
     })
 }
 
@@ -736,6 +811,26 @@ fn read_put(r: &mut Reader<'_>) -> Decoded<Op> {
         keep_value: flags & 2 != 0,
         keep_session: flags & 4 != 0,
     }))
+}
+
+fn read_behaviour(r: &mut Reader<'_>) -> Decoded<u16> {
+    u16::try_from(r.varint("a behaviour")?).map_err(|_| DecodeError::Malformed { what: "a behaviour" })
+}
+
+pub(crate) fn write_role(b: &mut Vec<u8>, role: MemberRole) {
+    b.push(match role {
+        MemberRole::Learner => RoleNumber::Learner,
+        MemberRole::Voter => RoleNumber::Voter,
+        MemberRole::Removed => RoleNumber::Removed,
+    } as u8);
+}
+
+pub(crate) fn read_role(r: &mut Reader<'_>) -> Decoded<MemberRole> {
+    Ok(match RoleNumber::read(r)? {
+        RoleNumber::Learner => MemberRole::Learner,
+        RoleNumber::Voter => MemberRole::Voter,
+        RoleNumber::Removed => MemberRole::Removed,
+    })
 }
 
 pub(crate) fn read_limit(r: &mut Reader<'_>) -> Decoded<Limit> {
@@ -973,6 +1068,10 @@ fn write_op_reply(b: &mut Vec<u8>, reply: &OpReply) {
             b.push(OpReplyNumber::LockCancelled as u8);
             b.varint(*waiters);
         }
+        OpReply::Member(record) => {
+            b.push(OpReplyNumber::Member as u8);
+            members::write(b, record);
+        }
         OpReply::Done => b.push(OpReplyNumber::Done as u8),
         OpReply::ResultNotRetained => b.push(OpReplyNumber::ResultNotRetained as u8),
     }
@@ -1003,6 +1102,7 @@ fn read_op_reply(r: &mut Reader<'_>) -> Decoded<OpReply> {
         }),
         OpReplyNumber::LockReleased => OpReply::LockReleased,
         OpReplyNumber::LockCancelled => OpReply::LockCancelled { waiters: r.varint(WHAT)? },
+        OpReplyNumber::Member => OpReply::Member(Box::new(members::read(r)?)),
         OpReplyNumber::Done => OpReply::Done,
         OpReplyNumber::ResultNotRetained => OpReply::ResultNotRetained,
     })
@@ -1102,6 +1202,19 @@ fn write_rejection(b: &mut Vec<u8>, rejection: &Rejection) {
             b.bytes(why.as_bytes());
         }
         Rejection::NotYet { behaviour } => write_numbered(b, N::NotYet, u64::from(*behaviour)),
+        Rejection::MemberExists { id, name, peer, removed } => {
+            write_numbered(b, N::MemberExists, id.0);
+            b.bytes(name.as_bytes());
+            b.bytes(peer.as_bytes());
+            b.flag(*removed);
+        }
+        Rejection::MemberRemoved { id } => write_numbered(b, N::MemberRemoved, id.0),
+        Rejection::OtherStorage { id } => write_numbered(b, N::OtherStorage, id.0),
+        Rejection::RolledBack { id, boots, recorded } => {
+            write_numbered(b, N::RolledBack, id.0);
+            b.varint(*boots);
+            b.varint(*recorded);
+        }
     }
 }
 
@@ -1146,5 +1259,16 @@ fn read_result(r: &mut Reader<'_>) -> Decoded<Result<TxnReply, Rejection>> {
         N::NotYet => Rejection::NotYet {
             behaviour: u16::try_from(r.varint(WHAT)?).map_err(|_| DecodeError::Malformed { what: WHAT })?,
         },
+        N::MemberExists => Rejection::MemberExists {
+            id: MemberId(r.varint(WHAT)?),
+            name: r.text(WHAT)?,
+            peer: r.text(WHAT)?,
+            removed: r.flag(WHAT)?,
+        },
+        N::MemberRemoved => Rejection::MemberRemoved { id: MemberId(r.varint(WHAT)?) },
+        N::OtherStorage => Rejection::OtherStorage { id: MemberId(r.varint(WHAT)?) },
+        N::RolledBack => {
+            Rejection::RolledBack { id: MemberId(r.varint(WHAT)?), boots: r.varint(WHAT)?, recorded: r.varint(WHAT)? }
+        }
     }))
 }

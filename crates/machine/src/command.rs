@@ -3,6 +3,7 @@
 //! The written encoding of these types is in `codec.rs`; docs/formats.md shows the bytes.
 
 use crate::types::*;
+use std::fmt;
 
 /// One log entry.
 #[derive(Clone, Debug, PartialEq)]
@@ -156,10 +157,56 @@ pub enum Op {
         limit: Limit,
         value: u64,
     },
-    /// The checksum of changes at an index that all have applied; a member that differs stops.
+    /// The checksum of changes at an index that all have applied; a member that differs stops. From behaviour version 2 on.
     Checksum {
         at: Index,
         sum: u64,
+    },
+
+    /// A new member; its id was never used before.
+    MemberAdd {
+        id: MemberId,
+        name: Box<str>,
+        /// `host:port` for other members.
+        peer: Box<str>,
+        /// `Learner` or `Voter`. The leader makes a voter of it when it has caught up.
+        role: MemberRole,
+        /// Goes in the same change of the configuration that makes this one a voter.
+        replaces: Option<MemberId>,
+        /// SHA-256 of the secret with which it may join; zeros: a member of a static start.
+        join: [u8; 32],
+    },
+    /// A learner should be a voter.
+    MemberPromote {
+        id: MemberId,
+    },
+    MemberRemove {
+        id: MemberId,
+    },
+    /// Another peer address.
+    MemberUpdate {
+        id: MemberId,
+        peer: Box<str>,
+    },
+    /// What a member tells about itself at each start.
+    MemberRegister {
+        id: MemberId,
+        /// Drawn for each new folder; not zeros.
+        storage: [u8; 16],
+        /// Starts of that folder, this one included.
+        boots: u64,
+        /// Empty: as the table has it.
+        peer: Box<str>,
+        /// URLs for clients.
+        clients: Vec<Box<str>>,
+        /// The newest behaviour version that its release knows.
+        behaviour: u16,
+        release: Box<str>,
+    },
+    /// Its log is known to reach this far; lower ones change nothing.
+    MemberSeen {
+        id: MemberId,
+        index: Index,
     },
 }
 
@@ -299,6 +346,27 @@ pub enum Wait {
     /// Milliseconds of log time from the entry that adds the waiter.
     Ms(u64),
     Forever,
+}
+
+/// What a member should be. The numbers are stored and never change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum MemberRole {
+    /// Gets the log and does not vote.
+    Learner = 1,
+    Voter = 2,
+    /// Gone for ever; only its id is kept from being used again.
+    Removed = 3,
+}
+
+impl fmt::Display for MemberRole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Learner => "learner",
+            Self::Voter => "voter",
+            Self::Removed => "removed",
+        })
+    }
 }
 
 /// Limits that apply reads. The numbers are stored and never change.

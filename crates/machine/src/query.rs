@@ -265,7 +265,11 @@ impl Machine {
     /// Accounted bytes. Not exactly those of the process: `memory.rs` says what is counted.
     pub fn memory(&self) -> Memory {
         let keys = self.keys.memory();
-        let rest = self.sessions.memory() + self.locks.memory() + self.requests.memory() + self.ring.memory();
+        let rest = self.sessions.memory()
+            + self.locks.memory()
+            + self.requests.memory()
+            + self.ring.memory()
+            + self.members.memory();
         Memory {
             used: keys.bytes + rest,
             history: keys.history,

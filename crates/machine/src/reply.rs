@@ -1,5 +1,6 @@
 //! What the state machine answers. A rejection is a reply: equal on every member, remembered, and told with its facts.
 
+use crate::command::MemberRole;
 use crate::record::Record;
 use crate::types::*;
 use std::fmt;
@@ -45,6 +46,8 @@ pub enum OpReply {
         /// How many waits were taken out.
         waiters: u64,
     },
+    /// The member as it is after the operation.
+    Member(Box<MemberRecord>),
     /// A system operation was done.
     Done,
     /// The outcome of a remembered request whose body was too large to keep.
@@ -78,6 +81,43 @@ pub struct Holder {
     pub session: SessionId,
     pub owner: Box<[u8]>,
     pub since: LogTime,
+}
+
+/// One member, as it should be and as it has told about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberRecord {
+    pub id: MemberId,
+    pub name: Box<str>,
+    /// `host:port` for other members.
+    pub peer: Box<str>,
+    /// URLs for clients, told by the member itself.
+    pub clients: Vec<Box<str>>,
+    /// What it should be.
+    pub role: MemberRole,
+    /// Removed in the same change of the configuration that makes this one a voter.
+    pub replaces: Option<MemberId>,
+    /// The folder that it came with; zeros: it has not come yet.
+    pub storage: [u8; 16],
+    /// Starts of that folder.
+    pub boots: u64,
+    /// Its log was known to reach here.
+    pub seen: Index,
+    /// What its release knows, told by itself; zero: not told yet.
+    pub behaviour: u16,
+    pub release: Box<str>,
+    /// SHA-256 of the secret with which it may join; zeros: a member of a static start.
+    pub join: [u8; 32],
+}
+
+impl MemberRecord {
+    pub fn is_live(&self) -> bool {
+        self.role != MemberRole::Removed
+    }
+
+    /// Whether it has ever registered.
+    pub fn has_come(&self) -> bool {
+        self.storage != [0; 16]
+    }
 }
 
 /// Why a transaction was refused. It changed nothing.
@@ -159,6 +199,27 @@ pub enum Rejection {
     NotYet {
         behaviour: u16,
     },
+    /// This one has the id, the name or the peer address; the id of a removed one is never used again.
+    MemberExists {
+        id: MemberId,
+        name: Box<str>,
+        peer: Box<str>,
+        removed: bool,
+    },
+    /// The member was removed from the cluster.
+    MemberRemoved {
+        id: MemberId,
+    },
+    /// The member has come with another data folder before: it denies what that one promised.
+    OtherStorage {
+        id: MemberId,
+    },
+    /// The data folder is older than the cluster has seen it: it was put back.
+    RolledBack {
+        id: MemberId,
+        boots: u64,
+        recorded: u64,
+    },
 }
 
 impl fmt::Display for Rejection {
@@ -213,6 +274,30 @@ impl fmt::Display for Rejection {
             Self::Invalid { why } => f.write_str(why),
             Self::NotYet { behaviour } => {
                 write!(f, "this needs behaviour version {behaviour}, which the cluster has not reached")
+            }
+            Self::MemberExists { id, name, removed: true, .. } => {
+                write!(f, "id {:016x} was that of the removed member `{name}`, and is never used again", id.0)
+            }
+            Self::MemberExists { id, name, peer, .. } => {
+                write!(f, "there is a member `{name}` ({:016x}) at {peer}", id.0)
+            }
+            Self::MemberRemoved { id } => {
+                write!(f, "member {:016x} was removed from the cluster: add a new one, with an empty folder", id.0)
+            }
+            Self::OtherStorage { id } => {
+                write!(
+                    f,
+                    "the data folder is not the one with which member {:016x} came: give it that one back, or replace the member",
+                    id.0
+                )
+            }
+            Self::RolledBack { id, boots, recorded } => {
+                write!(
+                    f,
+                    "the data folder of member {:016x} was put back to its start {boots}, the cluster has seen start {recorded}: \
+                     replace the member",
+                    id.0
+                )
             }
         }
     }

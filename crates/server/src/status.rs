@@ -77,6 +77,7 @@ pub(crate) fn etcd_rejection(rejection: &Rejection) -> Status {
         Rejection::FutureRevision { .. } => FUTURE_REVISION,
         Rejection::SessionNotFound { .. } | Rejection::SessionExpired { .. } => LEASE_NOT_FOUND,
         Rejection::SessionExists { .. } => LEASE_EXISTS,
+        Rejection::NotFound { what: "member", .. } | Rejection::MemberRemoved { .. } => MEMBER_NOT_FOUND,
         other => return Status::new(native_code(code_of(other)), format!("etcdserver: {other}")),
     };
     error.into()
@@ -127,6 +128,8 @@ fn code_of(rejection: &Rejection) -> &'static str {
         Rejection::Cancelled { .. } => "CANCELLED",
         Rejection::Deadlock { .. } => "DEADLOCK",
         Rejection::Fenced { .. } => "FENCED",
+        Rejection::MemberExists { .. } | Rejection::OtherStorage { .. } | Rejection::RolledBack { .. } => "CONFLICT",
+        Rejection::MemberRemoved { .. } => "NOT_FOUND",
     }
 }
 
@@ -216,6 +219,19 @@ pub(crate) fn native_rejection(rejection: &Rejection, kind: Kind, stamp: LogTime
             holder.iter().for_each(|holder| holder_facts(&mut e, holder, stamp));
         }
         Rejection::NotFound { name, .. } => fact(&mut e, "name", text(name)),
+        Rejection::MemberExists { id, name, peer, .. } => {
+            fact(&mut e, "member", format!("{:016x}", id.0));
+            fact(&mut e, "name", name);
+            fact(&mut e, "peer", peer);
+        }
+        Rejection::MemberRemoved { id } | Rejection::OtherStorage { id } => {
+            fact(&mut e, "member", format!("{:016x}", id.0));
+        }
+        Rejection::RolledBack { id, boots, recorded } => {
+            fact(&mut e, "member", format!("{:016x}", id.0));
+            fact(&mut e, "boots", boots);
+            fact(&mut e, "recorded", recorded);
+        }
         Rejection::DuplicateKey
         | Rejection::KeyNotFound
         | Rejection::Mismatch

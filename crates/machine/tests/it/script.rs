@@ -499,9 +499,19 @@ fn show_op(reply: &OpReply) -> String {
         OpReply::Compacted => "compacted".into(),
         OpReply::SessionEnded => "session ended".into(),
         OpReply::LockReleased => "released".into(),
+        OpReply::Member(member) => show_member(member),
         OpReply::Done => "done".into(),
         OpReply::ResultNotRetained => "result not retained".into(),
     }
+}
+
+fn show_member(m: &MemberRecord) -> String {
+    let replaces = m.replaces.map_or(String::new(), |id| format!(" replaces={id}"));
+    let come = match m.storage[0] {
+        0 => String::new(),
+        storage => format!(" storage={storage} boots={} behaviour={} release={}", m.boots, m.behaviour, m.release),
+    };
+    format!("member {} {} at {} {}{replaces} {:?} seen={}{come}", m.id, m.name, m.peer, m.role, m.clients, m.seen)
 }
 
 fn show_lock(info: &LockInfo) -> String {
