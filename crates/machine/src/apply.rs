@@ -4,6 +4,7 @@
 //! nothing) takes none. A2: operation n sees what those before it did; all compares, nested ones too, are decided before the
 //! first. A3: a refusal by any operation undoes the whole transaction. A4: changes are given before replies, in (revision, index)
 //! order. A5: due waits are answered before the transactions of the entry whose stamp made them due.
+//! A6: a member whose running checksum at an index differs from the leader's stops at the next `Op::Checksum` (see `history.rs`).
 //! Not promised. That the memory stays in its limits: that is judged before proposing (`admit`), never here.
 //! Relies on. Each entry is applied once, in order; a `Fault` is the end of the member.
 
@@ -27,7 +28,7 @@ use std::sync::Arc;
 /// The newest behaviour version that this release knows.
 pub const BEHAVIOUR: u16 = 2;
 /// The first version that has `Op::Checksum`.
-const CHECKSUMS: u16 = 2;
+pub(crate) const CHECKSUMS: u16 = 2;
 
 /// Where in the log the machine is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,6 +134,8 @@ pub struct Machine {
     // Of this member, not of the state: nothing below is read by apply.
     pub(crate) memory_limits: crate::query::MemoryLimits,
     pub(crate) snapshot: Option<Running>,
+    /// The newest behaviour version that this member takes part in.
+    known: u16,
 }
 
 impl Default for Machine {
@@ -163,12 +166,18 @@ impl Machine {
             sums: Sums::new(Index(0), 0),
             memory_limits: crate::query::MemoryLimits::default(),
             snapshot: None,
+            known: BEHAVIOUR,
         }
     }
 
     /// The value of a limit that is state.
     pub fn limit(&self, limit: Limit) -> u64 {
         self.limits[limit as usize - 1]
+    }
+
+    /// Takes part as an older release would: entries above this behaviour version stop the machine. For the simulation of upgrades.
+    pub fn know_only(&mut self, behaviour: u16) {
+        self.known = behaviour.min(BEHAVIOUR);
     }
 
     /// Moves on over an entry without content.
@@ -208,8 +217,9 @@ impl Machine {
     fn check_entry(&self, at: Position, batch: &Batch) -> Result<(), Fault> {
         assert!(at.index > self.position.index, "entry {} comes after entry {}", at.index, self.position.index);
         let index = at.index;
-        if batch.behaviour > BEHAVIOUR {
-            return Err(Fault::UnknownBehaviour { index, behaviour: batch.behaviour, known: BEHAVIOUR });
+        let behaviour = batch.behaviour.max(self.behaviour);
+        if behaviour > self.known {
+            return Err(Fault::UnknownBehaviour { index, behaviour, known: self.known });
         }
         if batch.stamp < self.stamp {
             return Err(Fault::StampWentBack { index, stamp: batch.stamp, before: self.stamp });
@@ -222,15 +232,18 @@ impl Machine {
         let index = self.position.index;
         for op in txn.then.iter().chain(&txn.otherwise) {
             match op {
-                Op::RaiseBehaviour { to } if *to > BEHAVIOUR => {
-                    return Err(Fault::UnknownBehaviour { index, behaviour: *to, known: BEHAVIOUR });
+                // One that is refused because of this very member does not stop it.
+                Op::RaiseBehaviour { to } if *to > self.known && self.members.check_behaviour(*to).is_ok() => {
+                    return Err(Fault::UnknownBehaviour { index, behaviour: *to, known: self.known });
                 }
-                Op::Checksum { at, sum } => match self.sums.at(*at).filter(|_| *at < index) {
-                    Some(here) if here != *sum => {
-                        return Err(Fault::ChecksumDiffers { index: *at, leader: *sum, here });
+                Op::Checksum { at, sum } if self.behaviour >= CHECKSUMS => {
+                    match self.sums.at(*at).filter(|_| *at < index) {
+                        Some(here) if here != *sum => {
+                            return Err(Fault::ChecksumDiffers { index: *at, leader: *sum, here });
+                        }
+                        _ => {}
                     }
-                    _ => {}
-                },
+                }
                 _ => {}
             }
         }
@@ -451,12 +464,13 @@ enum Ran {
 }
 
 /// What the checksum takes in beside changes. Numbers never change.
-mod sum_event {
-    pub(super) const WAIT_ENDED: u64 = 1;
-    pub(super) const WAIT_BEGAN: u64 = 2;
-    pub(super) const SESSION_CREATED: u64 = 3;
-    pub(super) const SESSION_ENDED: u64 = 4;
-    pub(super) const MEMBER: u64 = 5;
+pub(crate) mod sum_event {
+    pub(crate) const WAIT_ENDED: u64 = 1;
+    pub(crate) const WAIT_BEGAN: u64 = 2;
+    pub(crate) const SESSION_CREATED: u64 = 3;
+    pub(crate) const SESSION_ENDED: u64 = 4;
+    pub(crate) const MEMBER: u64 = 5;
+    pub(crate) const RESTORED: u64 = 6;
 }
 
 /// How to take back one step.
@@ -615,8 +629,11 @@ impl<'a> Commit<'a> {
             }
             Op::SetLimit { limit, value } => self.set_limit(*limit, *value),
             Op::Checksum { .. } if self.m.behaviour < CHECKSUMS => Err(Rejection::NotYet { behaviour: CHECKSUMS }),
-            // It was compared before the entry was applied.
-            Op::Checksum { .. } => Ok(OpReply::Done),
+            // It was compared before the transaction ran.
+            Op::Checksum { .. } => {
+                self.m.sums.note_compared(self.m.position.index, self.m.stamp);
+                Ok(OpReply::Done)
+            }
             Op::MemberAdd { .. }
             | Op::MemberPromote { .. }
             | Op::MemberRemove { .. }

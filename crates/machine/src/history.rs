@@ -146,17 +146,29 @@ impl Marks {
 }
 
 /// The running checksum of everything that changed, and what it was at recent indexes.
+///
+/// A leader proposes (index, checksum) of what it has applied. Every member, the leader too, knows its own checksum after each of the
+/// newest entries that changed it, so each compares at that very index, whenever the entry arrives: nothing has to be agreed on before.
+/// A member that began from a snapshot above that index knows nothing of it and lets it pass; the snapshot
+/// brought the checksum along, so the next comparison covers what came before too. What is compared is only whether members
+/// differ, not who is wrong: a leader that is wrong stops the others, which is better than a split state that goes on.
 pub(crate) struct Sums {
     now: u64,
     /// (index, checksum after it), for indexes that changed it.
     recent: VecDeque<(Index, u64)>,
+    /// Where the last comparison was, when, and of which sum: only for `due`, so it is in no snapshot.
+    compared: (Index, LogTime, u64),
 }
 
 const SUMS_KEPT: usize = 4_096;
+/// A comparison is due after this many entries, or this much log time, if anything has changed. The first is well below
+/// `SUMS_KEPT`, so that a proposed index is known until its entry arrives.
+const COMPARE_EVERY_ENTRIES: u64 = 1_000;
+const COMPARE_EVERY_MS: u64 = 60_000;
 
 impl Sums {
     pub(crate) fn new(at: Index, now: u64) -> Self {
-        Self { now, recent: VecDeque::from([(at, now)]) }
+        Self { now, recent: VecDeque::from([(at, now)]), compared: (at, LogTime(0), now) }
     }
 
     pub(crate) fn now(&self) -> u64 {
@@ -190,5 +202,18 @@ impl Sums {
     pub(crate) fn at(&self, at: Index) -> Option<u64> {
         let next = self.recent.partition_point(|(index, _)| *index <= at);
         next.checked_sub(1).map(|i| self.recent[i].1)
+    }
+
+    /// A comparison was applied at this entry.
+    pub(crate) fn note_compared(&mut self, index: Index, stamp: LogTime) {
+        self.compared = (index, stamp, self.now);
+    }
+
+    /// Whether a leader that is at this entry should propose a comparison.
+    pub(crate) fn due(&self, index: Index, stamp: LogTime) -> bool {
+        let (at, when, sum) = self.compared;
+        let entries = index.0.saturating_sub(at.0);
+        let ms = stamp.0.saturating_sub(when.0);
+        sum != self.now && (entries >= COMPARE_EVERY_ENTRIES || ms >= COMPARE_EVERY_MS)
     }
 }

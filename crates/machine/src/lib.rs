@@ -26,6 +26,7 @@ mod query;
 mod record;
 mod reply;
 mod requests;
+mod restore;
 mod sessions;
 mod snapmap;
 mod snapshot;

@@ -265,7 +265,11 @@ impl Members {
         const WHAT: &str = "the members";
         check_format(r, WHAT, SECTION_FORMAT)?;
         let mut members = Self::new();
+        // One that was never changed is not written.
         let version = r.varint(WHAT)?;
+        if version == 0 {
+            return Err(DecodeError::Malformed { what: WHAT });
+        }
         for record in r.list(WHAT, read)? {
             // In order, and each once.
             if members.records.last_key_value().is_some_and(|(last, _)| *last >= record.id) {

@@ -4,7 +4,7 @@
 //! however full the memory is.
 //! Not promised. That the state is the newest: whoever wants a linearizable read has done its read index before.
 
-use crate::apply::{Machine, Position};
+use crate::apply::{CHECKSUMS, Machine, Position};
 use crate::check;
 use crate::codec::MAX_DEPTH;
 use crate::command::*;
@@ -12,6 +12,7 @@ use crate::keys::ChangeSlice;
 use crate::locks::{LockInfo, LockKey};
 use crate::record::Record;
 use crate::reply::*;
+use crate::requests::Seen;
 use crate::sessions::{Session, SessionInfo};
 use crate::types::*;
 use std::fmt;
@@ -231,6 +232,22 @@ impl Machine {
         self.locks.info(&LockKey::new(ns, name))
     }
 
+    /// Where the callers of waits are, whatever lock they wait for.
+    pub fn waiting_tickets(&self) -> impl Iterator<Item = Ticket> {
+        self.locks.waiters.iter().map(|(_, waiter)| waiter.ticket)
+    }
+
+    /// The grant under which this session and owner hold the lock now.
+    pub fn granted(&self, ns: NamespaceId, name: &[u8], session: SessionId, owner: &[u8]) -> Option<LockGrant> {
+        let holder = &self.locks.get(&LockKey::new(ns, name))?.holder;
+        if holder.session != session || *holder.owner != *owner {
+            return None;
+        }
+        let facts = &self.sessions.get(session)?.facts;
+        let (token, ttl_ms) = (holder.token, facts.create.ttl_ms);
+        Some(LockGrant { token, session, session_token: facts.token, ttl_ms })
+    }
+
     /// Whether somebody holds the lock, so that an acquire would have to wait as things stand.
     pub fn is_held(&self, ns: NamespaceId, name: &[u8]) -> bool {
         self.locks.get(&LockKey::new(ns, name)).is_some()
@@ -252,6 +269,27 @@ impl Machine {
             waiters: self.locks.waiters.len() as u64,
             requests: self.requests.len(),
         }
+    }
+}
+
+/// For callers whose entries this member has never applied, because a snapshot took their place.
+impl Machine {
+    /// The answer that is remembered for a request, marked as a repeated one; `digest` is that of its transaction, and another one under
+    /// this id is answered as a mismatch. `None`: nothing is remembered, or the request still waits (see `waiting`).
+    pub fn remembered(&self, principal: &str, request: &RequestId, digest: [u8; 16]) -> Option<Reply> {
+        match self.requests.find(principal, request, digest, self.stamp)? {
+            Seen::Answered(reply) => Some(reply),
+            Seen::Refused(rejection) => {
+                Some(Reply { revision: self.revision, replayed: false, result: Err(rejection) })
+            }
+            Seen::New | Seen::Waiting(_) => None,
+        }
+    }
+
+    /// The numbers of the tickets of this life of a member that wait for locks: their answers come with later entries.
+    pub fn waiting(&self, member: MemberId, boot: u64) -> Vec<u64> {
+        let tickets = self.locks.waiters.iter().map(|(_, waiter)| waiter.ticket);
+        tickets.filter(|t| (t.member, t.boot) == (member, boot)).map(|t| t.number).collect()
     }
 }
 
@@ -329,6 +367,13 @@ impl Machine {
         let kept = u128::from(self.revision.0 - self.compacted().0);
         let step = kept * excess / u128::from(history.max(1));
         if step == 0 { None } else { Some(Revision(self.compacted().0 + step as u64)) }
+    }
+
+    /// What a leader should propose so that all members compare their states: its own checksum here. Some only from time to time, while
+    /// there are changes, and from the behaviour version on that has it. It stays due until it has been applied.
+    pub fn checksum_due(&self) -> Option<Op> {
+        let due = self.behaviour >= CHECKSUMS && self.sums.due(self.position.index, self.stamp);
+        due.then(|| Op::Checksum { at: self.position.index, sum: self.sums.now() })
     }
 
     /// One slice of giving back what compaction made unreadable, of about `budget` changes; true while there is more.

@@ -182,6 +182,15 @@ impl Requests {
         Seen::New
     }
 
+    /// The answer that is kept for a request, without running or forgetting anything. `None`: it is not known, or it waits.
+    pub(crate) fn find(&self, principal: &str, request: &RequestId, digest: [u8; 16], now: LogTime) -> Option<Seen> {
+        let kept = match request {
+            RequestId::Uuid(uuid) => self.one_shot.get(&(principal.into(), *uuid)).filter(|r| !r.is_over(now)),
+            RequestId::Session { session, seq, .. } => self.numbered.get(&(*session, *seq)),
+        };
+        kept.map(|r| r.seen(digest))
+    }
+
     fn acknowledge(&mut self, session: SessionId, acked_below: u64) -> u64 {
         let before = self.acked.get(&session).copied().unwrap_or(0);
         if acked_below <= before {

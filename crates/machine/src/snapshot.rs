@@ -6,13 +6,14 @@
 //! Not promised. Framing on disk and its checksums: those are the `replica` crate's.
 //!
 //! A block is: format version, section, payload. The sections come in the order of `Section`; each fills as many blocks as it
-//! needs and none if it is empty. The last block has the number of blocks and a checksum over all others.
+//! needs and none if it is empty: a state from before there was a table of members has no block of them. The last block has the number of blocks and a checksum over all others.
 
 use crate::apply::{Machine, Position};
 use crate::codec::{self, DecodeError, Reader, Write};
 use crate::command::Limit;
 use crate::history::{Marks, Ring, Sums};
 use crate::keys::{Keys, SnapshotMark};
+use crate::members::Members;
 use crate::record::Record;
 use crate::reply::Change;
 use crate::types::*;
@@ -23,8 +24,8 @@ const BLOCK_FORMAT: u8 = 1;
 /// Entries taken from a table at a time; a slice ends when it has its bytes.
 const ENTRIES_AT_ONCE: usize = 32;
 
-/// What a block holds. The numbers are stored and never change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// What a block holds. The numbers are stored and never change; they are not the order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Section {
     Header = 1,
@@ -38,10 +39,12 @@ enum Section {
     Ring = 9,
     Marks = 10,
     End = 11,
+    Members = 12,
 }
 
 impl Section {
-    const ALL: [Self; 11] = [
+    /// In the order in which they are written.
+    const ALL: [Self; 12] = [
         Self::Header,
         Self::Keys,
         Self::Sessions,
@@ -52,6 +55,7 @@ impl Section {
         Self::Acked,
         Self::Ring,
         Self::Marks,
+        Self::Members,
         Self::End,
     ];
 
@@ -61,8 +65,17 @@ impl Section {
         found.ok_or(DecodeError::UnknownNumber { what: "section", number: u64::from(number) })
     }
 
+    fn place(self) -> usize {
+        Self::ALL.iter().position(|s| *s == self).unwrap_or(Self::ALL.len())
+    }
+
     fn next(self) -> Self {
-        Self::ALL.get(self as usize).copied().unwrap_or(Self::End)
+        Self::ALL.get(self.place() + 1).copied().unwrap_or(Self::End)
+    }
+
+    /// Written whole in one block.
+    fn is_single(self) -> bool {
+        matches!(self, Self::Header | Self::Members | Self::End)
     }
 }
 
@@ -75,6 +88,7 @@ pub(crate) struct Running {
     ring: Vec<Change>,
     ring_done: usize,
     marks: Vec<u8>,
+    members: Vec<u8>,
     blocks: u64,
     sum: u64,
 }
@@ -103,6 +117,7 @@ impl Machine {
             ring: self.ring.all().iter().cloned().collect(),
             ring_done: 0,
             marks,
+            members: self.members.section(),
             blocks: 0,
             sum: 0,
         });
@@ -229,6 +244,10 @@ impl Machine {
                 b.append(&mut running.marks);
                 false
             }
+            Section::Members => {
+                b.append(&mut running.members);
+                false
+            }
             Section::End => {
                 b.varint(running.blocks);
                 b.extend_from_slice(&running.sum.to_le_bytes());
@@ -351,7 +370,7 @@ impl Loader {
     fn check_order(&self, section: Section) -> Result<(), DecodeError> {
         let in_order = match self.section {
             None => section == Section::Header,
-            Some(last) => section > last || (section == last && section != Section::Header && section != Section::End),
+            Some(last) => section.place() > last.place() || (section == last && !section.is_single()),
         };
         if in_order { Ok(()) } else { Err(DecodeError::Malformed { what: "the next block of this snapshot" }) }
     }
@@ -426,6 +445,7 @@ impl Loader {
                 let before = r.option("a change", codec::read_record)?;
                 self.ring.push(Change { record, before });
             }
+            Section::Members => m.members = Members::load(r)?,
             Section::Marks => self.marks.push((LogTime(r.varint("a mark")?), Revision(r.varint("a mark")?))),
             Section::Header | Section::End => {}
         }

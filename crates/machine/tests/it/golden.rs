@@ -94,7 +94,48 @@ fn ops() -> Vec<(&'static str, Op)> {
         ("set limit one-shot requests", Op::SetLimit { limit: Limit::OneShotRequests, value: 1 }),
         ("set limit ring changes", Op::SetLimit { limit: Limit::RingChanges, value: 1 }),
         ("checksum", Op::Checksum { at: Index(9), sum: 0x0102_0304_0506_0708 }),
+        ("member add, learner", member_add(2, MemberRole::Learner, None)),
+        ("member add, voter that replaces", member_add(3, MemberRole::Voter, Some(MemberId(2)))),
+        ("member promote", Op::MemberPromote { id: MemberId(300) }),
+        ("member remove", Op::MemberRemove { id: MemberId(300) }),
+        ("member update", Op::MemberUpdate { id: MemberId(300), peer: "h9:1".into() }),
+        ("member register", member_register(1)),
+        ("member seen", Op::MemberSeen { id: MemberId(300), index: Index(301) }),
     ]
+}
+
+fn member_add(id: u64, role: MemberRole, replaces: Option<MemberId>) -> Op {
+    let (name, peer) = (format!("n{id}").into(), format!("h{id}:1").into());
+    Op::MemberAdd { id: MemberId(id), name, peer, role, replaces, join: [4; 32] }
+}
+
+fn member_register(id: u64) -> Op {
+    Op::MemberRegister {
+        id: MemberId(id),
+        storage: [5; 16],
+        boots: 3,
+        peer: "h8:1".into(),
+        clients: vec!["http://h8:2".into(), "http://h8:3".into()],
+        behaviour: 2,
+        release: "0.1".into(),
+    }
+}
+
+fn member() -> MemberRecord {
+    MemberRecord {
+        id: MemberId(300),
+        name: "n".into(),
+        peer: "h:1".into(),
+        clients: vec!["http://h:2".into()],
+        role: MemberRole::Removed,
+        replaces: Some(MemberId(7)),
+        storage: [5; 16],
+        boots: 3,
+        seen: Index(301),
+        behaviour: 2,
+        release: "0.1".into(),
+        join: [4; 32],
+    }
 }
 
 fn batch(txns: Vec<Txn>) -> Batch {
@@ -158,6 +199,16 @@ fn replies() -> Vec<(&'static str, Reply)> {
         ("not found, other", Err(Rejection::NotFound { what: "things", name: name() })),
         ("invalid", Err(Rejection::Invalid { why: "so".into() })),
         ("not yet", Err(Rejection::NotYet { behaviour: 2 })),
+        ("member", ok(vec![OpReply::Member(Box::new(member()))])),
+        ("not found, member", Err(Rejection::NotFound { what: "member", name: name() })),
+        ("quota, members", Err(Rejection::Quota { what: "members", limit: 9 })),
+        (
+            "member exists",
+            Err(Rejection::MemberExists { id: MemberId(300), name: "n".into(), peer: "h:1".into(), removed: true }),
+        ),
+        ("member removed", Err(Rejection::MemberRemoved { id: MemberId(300) })),
+        ("other storage", Err(Rejection::OtherStorage { id: MemberId(300) })),
+        ("rolled back", Err(Rejection::RolledBack { id: MemberId(300), boots: 2, recorded: 3 })),
     ];
     results
         .into_iter()
@@ -217,6 +268,25 @@ fn everything() -> Machine {
     machine
 }
 
+/// The same with a table of members, which earlier releases did not have.
+fn with_members() -> Machine {
+    let mut machine = everything();
+    let ops = [
+        member_add(1, MemberRole::Voter, None),
+        member_register(1),
+        member_add(2, MemberRole::Learner, None),
+        member_add(3, MemberRole::Voter, Some(MemberId(2))),
+        Op::MemberSeen { id: MemberId(1), index: Index(300) },
+        Op::MemberRemove { id: MemberId(2) },
+    ];
+    let at = Position { index: Index(2), term: Term(1) };
+    let mut out = Applied::default();
+    machine.apply(at, batch(ops.into_iter().map(Txn::of).collect()), &mut out).unwrap();
+    let refused: Vec<_> = out.replies.iter().filter(|(_, reply)| reply.result.is_err()).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+    machine
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
@@ -247,6 +317,11 @@ fn golden_bytes() {
     for (n, block) in snapshot(&mut machine, 1 << 20).iter().enumerate() {
         lines.push((format!("snapshot block {n}"), hex(block)));
     }
+    let mut machine = with_members();
+    lines.push(("checksum with members".into(), hex(&machine.checksum().to_le_bytes())));
+    let blocks = snapshot(&mut machine, 1 << 20);
+    let members = blocks.iter().find(|block| block[1] == 12).unwrap();
+    lines.push(("snapshot block of members".into(), hex(members)));
     compare_with_file(&lines);
 }
 
@@ -288,6 +363,23 @@ fn a_snapshot_of_everything_loads() {
     assert_eq!(loaded.next_deadline(), Some(LogTime(1500)));
 }
 
+/// A folder from before there was a table of members has no such block, and one without members still writes none.
+#[test]
+fn a_snapshot_with_members_loads() {
+    let mut machine = with_members();
+    let blocks = snapshot(&mut machine, 10);
+    let sections: Vec<u8> = blocks.iter().map(|b| b[1]).collect();
+    assert_eq!(sections.iter().filter(|s| **s == 12).count(), 1);
+    assert_eq!(sections[sections.len() - 2..], [12, 11], "the members come before the end");
+    let mut loaded = load(&blocks);
+    assert_eq!(snapshot(&mut loaded, 10), blocks);
+    assert!(loaded.members().eq(machine.members()));
+    assert_eq!((loaded.members_version(), loaded.members().count()), (5, 3));
+    assert_eq!(loaded.memory(), machine.memory());
+    let empty = load(&snapshot(&mut everything(), 10));
+    assert_eq!((empty.members_version(), empty.members().count()), (0, 0));
+}
+
 #[test]
 fn unknown_numbers_are_named() {
     let check = |entry: &[u8], expected: &str| {
@@ -305,8 +397,8 @@ fn unknown_numbers_are_named() {
     bytes[0] = 2;
     check(&bytes, "entry 8 has a batch 2, which this release does not know: run a newer release");
     check(&[], "entry 8 cannot be read: the bytes end inside a batch");
-    let newer = Batch { behaviour: 2, ..batch(Vec::new()) };
-    check(&newer.encode(), "entry 8 has behaviour version 2, this release knows up to 1: run a newer release");
+    let newer = Batch { behaviour: 3, ..batch(Vec::new()) };
+    check(&newer.encode(), "entry 8 has behaviour version 3, this release knows up to 2: run a newer release");
 }
 
 #[test]
@@ -387,7 +479,7 @@ proptest! {
     #[test]
     fn altered_blocks_never_panic(block in any::<prop::sample::Index>(), changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
         // Whatever the checksum of the file: each block is looked at by itself too.
-        let mut blocks = snapshot(&mut everything(), 60);
+        let mut blocks = snapshot(&mut with_members(), 60);
         let block = block.index(blocks.len());
         for (place, to) in changes {
             let place = place.index(blocks[block].len());

@@ -1,10 +1,11 @@
 //! Text scripts: commands above the line `---`, what the machine says below it. `UPDATE=1` rewrites what is below.
 //!
 //! Each line is one entry of the log; lines between `batch` and `.` are one. `clock +10s` moves log time, `term 2` the term, `as bob` the
-//! principal, `in 3` the namespace, `reload` puts a snapshot and its loading between two entries (and checks that they agree). An operation
+//! principal, `in 3` the namespace, `restore 500 clone=9` makes the state the first of another cluster, `reload` puts a snapshot and its loading between two entries (and checks that they agree). An operation
 //! is followed by options: `id=u1` (one-shot) or `id=7/1` (session/number, `id=7/1<3` acknowledges those below 3), `guard=NAME:TOKEN`.
 //! An answer begins with `[N]` if it is for an earlier line: the Nth operation of the script.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use tenure_machine::*;
@@ -43,6 +44,8 @@ pub(crate) struct Script {
     namespace: u32,
     tickets: u64,
     batch: Option<Vec<Txn>>,
+    /// The checksum after each entry.
+    sums: BTreeMap<u64, u64>,
     out: String,
 }
 
@@ -72,6 +75,12 @@ impl Script {
                 let txns = self.batch.take().unwrap();
                 self.apply(txns);
             }
+            ["restore", revision, rest @ ..] => self.restore(revision, rest.first().copied()),
+            ["remembered", ..] => {
+                let txn = self.txn(line.strip_prefix("remembered").unwrap());
+                let reply = self.machine.remembered(&txn.principal, &txn.request.unwrap(), txn.digest());
+                writeln!(self.out, "remembered: {}", reply.map_or("nothing".into(), |r| show_reply(&r))).unwrap();
+            }
             ["tick"] => self.apply(Vec::new()),
             ["reload"] => self.reload(),
             ["maintain"] => while self.machine.maintain(1) {},
@@ -92,7 +101,7 @@ impl Script {
         let first = self.tickets + 1;
         self.tickets += txns.len() as u64;
         let batch = Batch {
-            behaviour: 1,
+            behaviour: self.machine.behaviour(),
             stamp: LogTime(self.clock),
             origin: Origin { member: MemberId(1), boot: 1, first },
             txns,
@@ -103,6 +112,7 @@ impl Script {
             writeln!(self.out, "FAULT {fault}").unwrap();
             return;
         }
+        self.sums.insert(self.index, self.machine.checksum());
         for change in &out.changes {
             writeln!(self.out, "  {}", show_change(change)).unwrap();
         }
@@ -132,6 +142,20 @@ impl Script {
         };
         match said {
             Ok(said) => writeln!(self.out, "read: {said}").unwrap(),
+            Err(rejection) => writeln!(self.out, "rejected: {rejection}").unwrap(),
+        }
+    }
+
+    fn restore(&mut self, revision: &str, cluster: Option<&str>) {
+        let identity = cluster.map(|c| (c.strip_prefix("clone=").unwrap().parse().unwrap(), [8; 16]));
+        match self.machine.restore(Revision(revision.parse().unwrap()), identity) {
+            Ok(at) => {
+                self.index = at.index.0;
+                writeln!(self.out, "restored: the log begins after entry {}", at.index).unwrap();
+                // What is kept of it is its snapshot.
+                while self.machine.maintain(100) {}
+                self.reload();
+            }
             Err(rejection) => writeln!(self.out, "rejected: {rejection}").unwrap(),
         }
     }
@@ -175,6 +199,16 @@ impl Script {
                 let names: Vec<_> = names.iter().map(|l| l.name.escape_ascii().to_string()).collect();
                 format!("locks [{}]", names.join(" "))
             }
+            ("members", []) => {
+                let members: Vec<_> = m.members().map(|m| format!("\n  {}", show_member(m))).collect();
+                format!("members, version {}{}", m.members_version(), members.concat())
+            }
+            ("cluster", []) => format!("cluster {} issuer {}...", m.cluster(), m.issuer()[0]),
+            ("granted", [name, session]) => {
+                let grant = m.granted(NamespaceId(self.namespace), name.as_bytes(), id(session), b"");
+                format!("granted: {}", grant.map_or("nothing".into(), |g| show_op(&OpReply::LockGranted(g))))
+            }
+            ("waiting", []) => format!("waiting {:?}", m.waiting(MemberId(1), 1)),
             ("counts", []) => format!("{:?}", m.counts()),
             ("revision", []) => format!("revision {} compacted {}", m.revision(), m.compacted()),
             ("deadline", []) => format!("next deadline {:?}", m.next_deadline().map(|d| d.0)),
@@ -344,8 +378,37 @@ impl Script {
             "behaviour" => Op::RaiseBehaviour { to: plain[0].parse().unwrap() },
             "limit" => Op::SetLimit { limit: limit(plain[0]), value: plain[1].parse().unwrap() },
             "checksum" => {
-                let sum = if has("wrong") { 1 } else { self.machine.checksum() };
-                Op::Checksum { at: self.machine.position().index, sum }
+                let at = option("at").map_or(self.machine.position().index.0, |n| n.parse().unwrap());
+                let sum = if has("wrong") { 1 } else { self.sums[&at] };
+                Op::Checksum { at: Index(at), sum }
+            }
+            "member" => {
+                let id = MemberId(plain[1].parse().unwrap());
+                let text = |name: &str| -> Box<str> { option(name).unwrap_or_default().into() };
+                let peer = text("peer");
+                match plain[0] {
+                    "add" => Op::MemberAdd {
+                        id,
+                        name: text("name"),
+                        peer,
+                        role: if has("learner") { MemberRole::Learner } else { MemberRole::Voter },
+                        replaces: option("replaces").map(|id| MemberId(id.parse().unwrap())),
+                        join: [number("join") as u8; 32],
+                    },
+                    "promote" => Op::MemberPromote { id },
+                    "remove" => Op::MemberRemove { id },
+                    "update" => Op::MemberUpdate { id, peer },
+                    "seen" => Op::MemberSeen { id, index: Index(number("index")) },
+                    _ => Op::MemberRegister {
+                        id,
+                        storage: [number("storage") as u8; 16],
+                        boots: number("boots"),
+                        peer,
+                        clients: option("url").map(Into::into).into_iter().collect(),
+                        behaviour: option("behaviour").map_or(BEHAVIOUR, |n| n.parse().unwrap()),
+                        release: text("release"),
+                    },
+                }
             }
             _ => panic!("unknown operation `{}`", words.join(" ")),
         }
