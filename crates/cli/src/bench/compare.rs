@@ -16,12 +16,12 @@ struct Row {
     unit: &'static str,
     tenure: f64,
     etcd: f64,
-    /// What is asked of Tenure's figure against etcd's, and whether it is met.
-    asked: String,
-    met: bool,
+    /// What is asked of Tenure's figure against etcd's, and whether it is met; `None`: the figure is only told.
+    asked: Option<(String, bool)>,
 }
 
-struct Table {
+#[derive(Default)]
+pub(super) struct Table {
     rows: Vec<Row>,
     only: Vec<String>,
 }
@@ -32,57 +32,59 @@ impl Table {
     }
 
     /// A figure of which more is better: Tenure's is to be at least `factor` times etcd's.
-    fn at_least(&mut self, what: &str, unit: &'static str, tenure: f64, etcd: f64, factor: f64) {
+    pub(super) fn at_least(&mut self, what: &str, unit: &'static str, tenure: f64, etcd: f64, factor: f64) {
         let met = tenure >= etcd * factor;
-        self.push(Row { what: what.into(), unit, tenure, etcd, asked: format!("at least {factor}x"), met });
+        self.push(Row { what: what.into(), unit, tenure, etcd, asked: Some((format!("at least {factor}x"), met)) });
     }
 
     /// A figure of which less is better: Tenure's is to be at most `factor` times etcd's.
-    fn at_most(&mut self, what: &str, unit: &'static str, tenure: f64, etcd: f64, factor: f64) {
+    pub(super) fn at_most(&mut self, what: &str, unit: &'static str, tenure: f64, etcd: f64, factor: f64) {
         let met = tenure <= etcd * factor;
-        self.push(Row { what: what.into(), unit, tenure, etcd, asked: format!("at most {factor}x"), met });
+        self.push(Row { what: what.into(), unit, tenure, etcd, asked: Some((format!("at most {factor}x"), met)) });
     }
 
     /// Tenure's figure is to be at most `limit`, whatever etcd's is.
-    fn below(&mut self, what: &str, unit: &'static str, tenure: f64, etcd: f64, limit: f64) {
+    pub(super) fn below(&mut self, what: &str, unit: &'static str, tenure: f64, etcd: f64, limit: f64) {
         let met = tenure <= limit;
-        self.push(Row { what: what.into(), unit, tenure, etcd, asked: format!("at most {limit:.3} {unit}"), met });
+        let asked = Some((format!("at most {limit:.3} {unit}"), met));
+        self.push(Row { what: what.into(), unit, tenure, etcd, asked });
+    }
+
+    /// Nothing is asked of the figure.
+    pub(super) fn tell(&mut self, what: &str, unit: &'static str, tenure: f64, etcd: f64) {
+        self.push(Row { what: what.into(), unit, tenure, etcd, asked: None });
     }
 
     fn push(&mut self, row: Row) {
-        eprintln!(
-            "  {}: tenure {:.3}, etcd {:.3} {} ({}: {})",
-            row.what,
-            row.tenure,
-            row.etcd,
-            row.unit,
-            row.asked,
-            if row.met { "met" } else { "MISSED" }
-        );
+        let asked = match &row.asked {
+            Some((asked, true)) => format!(" ({asked}: met)"),
+            Some((asked, false)) => format!(" ({asked}: MISSED)"),
+            None => String::new(),
+        };
+        eprintln!("  {}: tenure {:.3}, etcd {:.3} {}{asked}", row.what, row.tenure, row.etcd, row.unit);
         self.rows.push(row);
     }
 
-    fn print(&self) {
+    pub(super) fn print(&self) {
         println!("| what | tenure | etcd | unit | tenure / etcd | asked | met |");
         println!("|---|---|---|---|---|---|---|");
         for r in &self.rows {
-            println!(
-                "| {} | {} | {} | {} | {:.2} | {} | {} |",
-                r.what,
-                number(r.tenure),
-                number(r.etcd),
-                r.unit,
-                r.tenure / r.etcd,
-                r.asked,
-                if r.met { "yes" } else { "**no**" }
-            );
+            let (asked, met) = match &r.asked {
+                Some((asked, met)) => (asked.as_str(), if *met { "yes" } else { "**no**" }),
+                None => ("-", "-"),
+            };
+            let (tenure, etcd) = (number(r.tenure), number(r.etcd));
+            let ratio = Some(r.tenure / r.etcd).filter(|ratio| ratio.is_finite());
+            let ratio = ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
+            println!("| {} | {tenure} | {etcd} | {} | {ratio} | {asked} | {met} |", r.what, r.unit);
         }
     }
 }
 
 fn number(n: f64) -> String {
     match n {
-        n if n.is_nan() => "-".into(),
+        n if !n.is_finite() => "-".into(),
+        0.0 => "0".into(),
         n if n >= 100.0 => format!("{n:.0}"),
         n if n >= 1.0 => format!("{n:.2}"),
         n => format!("{n:.3}"),
@@ -90,7 +92,7 @@ fn number(n: f64) -> String {
 }
 
 pub(super) async fn run(programs: &Programs, duration: Duration, only: &[String]) -> Result<ExitCode> {
-    let mut table = Table { rows: Vec::new(), only: only.to_vec() };
+    let mut table = Table { only: only.to_vec(), ..Table::default() };
     if table.wants("empty") {
         empty(&mut table, programs).await?;
     }
@@ -117,10 +119,11 @@ pub(super) async fn run(programs: &Programs, duration: Duration, only: &[String]
 }
 
 fn target(peer: &Peer, clients: usize, duration: Duration) -> Target {
-    Target { endpoint: peer.endpoint(), pid: Some(peer.pid()), clients, duration, value_bytes: 256, keys: 10_000 }
+    let (endpoints, pids) = (vec![peer.endpoint()], vec![peer.pid()]);
+    Target { endpoints, pids, clients, duration, value_bytes: 256, keys: 10_000 }
 }
 
-fn told(name: &str, kind: &str, figures: Figures) -> Figures {
+pub(super) fn told(name: &str, kind: &str, figures: Figures) -> Figures {
     eprintln!("{kind} {name}: {}", sentence(&figures));
     figures
 }
@@ -130,11 +133,11 @@ fn us(f: &Figures) -> f64 {
 }
 
 /// Operations per second of server processor time.
-fn per_cpu(f: &Figures) -> f64 {
+pub(super) fn per_cpu(f: &Figures) -> f64 {
     1e6 / us(f)
 }
 
-const PER_CPU: &str = "op/server CPU s";
+pub(super) const PER_CPU: &str = "op/server CPU s";
 
 async fn puts(table: &mut Table, programs: &Programs, duration: Duration) -> Result<()> {
     for (clients, factor) in [(1, None), (64, Some(2.0)), (256, Some(1.8))] {
@@ -366,7 +369,7 @@ fn round_trip_ms() -> Result<f64> {
     Ok(median(times))
 }
 
-fn median(mut times: Vec<f64>) -> f64 {
+pub(super) fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
 }

@@ -23,12 +23,21 @@ pub(crate) const UNLOCK: &str = "/v3lockpb.Lock/Unlock";
 /// Where and how hard.
 #[derive(Clone)]
 pub(crate) struct Target {
-    pub(crate) endpoint: String,
-    pub(crate) pid: Option<u32>,
+    /// One for each member; the clients are spread evenly over them.
+    pub(crate) endpoints: Vec<String>,
+    /// The processes whose processor time counts, all together.
+    pub(crate) pids: Vec<u32>,
     pub(crate) clients: usize,
     pub(crate) duration: Duration,
     pub(crate) value_bytes: usize,
     pub(crate) keys: u64,
+}
+
+impl Target {
+    /// The endpoint of the `i`-th client.
+    pub(crate) fn endpoint(&self, i: usize) -> &str {
+        &self.endpoints[i % self.endpoints.len()]
+    }
 }
 
 /// A cheap source of numbers (xorshift64*); the same seed gives the same load to each peer.
@@ -69,6 +78,15 @@ pub(crate) trait Client: Send + 'static {
 
 /// Runs every client in a closed loop: a short warm-up, then the measured window.
 pub(crate) async fn closed_loop<C: Client>(target: &Target, clients: Vec<C>) -> Result<Figures> {
+    Ok(closed_loop_during(target, clients, tokio::time::sleep(target.duration)).await?.0)
+}
+
+/// The same, measured for as long as `work` takes.
+async fn closed_loop_during<C: Client, T>(
+    target: &Target,
+    clients: Vec<C>,
+    work: impl Future<Output = T>,
+) -> Result<(Figures, T)> {
     let measuring = Arc::new(AtomicBool::new(false));
     let stop = Arc::new(AtomicBool::new(false));
     let mut tasks = Vec::new();
@@ -94,9 +112,9 @@ pub(crate) async fn closed_loop<C: Client>(target: &Target, clients: Vec<C>) -> 
         }));
     }
     tokio::time::sleep((target.duration / 5).min(Duration::from_millis(500))).await;
-    let window = Window::open(target.pid)?;
+    let window = Window::open(&target.pids)?;
     measuring.store(true, Ordering::Relaxed);
-    tokio::time::sleep(target.duration).await;
+    let done = work.await;
     measuring.store(false, Ordering::Relaxed);
     let mut figures = window.close(Histogram::new(), 0, 0)?;
     stop.store(true, Ordering::Relaxed);
@@ -115,7 +133,7 @@ pub(crate) async fn closed_loop<C: Client>(target: &Target, clients: Vec<C>) -> 
     }
     figures.operations = figures.latencies.count();
     figures.fairness = Some((most, least));
-    Ok(figures)
+    Ok((figures, done))
 }
 
 struct PutClient {
@@ -138,13 +156,18 @@ impl Client for PutClient {
 
 /// Puts over the etcd API, a connection for each client.
 pub(crate) async fn put(target: &Target) -> Result<Figures> {
+    Ok(put_during(target, tokio::time::sleep(target.duration)).await?.0)
+}
+
+/// The same, measured for as long as `work` takes.
+pub(crate) async fn put_during<T>(target: &Target, work: impl Future<Output = T>) -> Result<(Figures, T)> {
     let mut clients = Vec::new();
     for i in 0..target.clients {
         let mut numbers = Numbers::new(i as u64 + 1);
         let value = numbers.bytes(target.value_bytes).into();
-        clients.push(PutClient { rpc: Rpc::connect(&target.endpoint).await?, numbers, keys: target.keys, value });
+        clients.push(PutClient { rpc: Rpc::connect(target.endpoint(i)).await?, numbers, keys: target.keys, value });
     }
-    closed_loop(target, clients).await
+    closed_loop_during(target, clients, work).await
 }
 
 struct GetClient {
@@ -167,7 +190,7 @@ pub(crate) async fn get(target: &Target) -> Result<Figures> {
     let mut clients = Vec::new();
     for i in 0..target.clients {
         clients.push(GetClient {
-            rpc: Rpc::connect(&target.endpoint).await?,
+            rpc: Rpc::connect(target.endpoint(i)).await?,
             numbers: Numbers::new(i as u64 + 1),
             keys: target.keys,
         });
@@ -189,14 +212,14 @@ impl Client for RangeClient {
 /// Ranges of `keys` keys; operations are counted in keys.
 pub(crate) async fn range(target: &Target, keys: u64) -> Result<Figures> {
     let request = frame(&pb::RangeRequest { key: key(0).into(), range_end: key(keys).into(), ..Default::default() });
-    let mut probe = Rpc::connect(&target.endpoint).await?;
+    let mut probe = Rpc::connect(target.endpoint(0)).await?;
     let answer: pb::RangeResponse = probe
         .unary(RANGE, &pb::RangeRequest { key: key(0).into(), range_end: key(keys).into(), ..Default::default() })
         .await?;
     ensure!(answer.kvs.len() as u64 == keys, "the range holds {} keys, not {keys}", answer.kvs.len());
     let mut clients = Vec::new();
-    for _ in 0..target.clients {
-        clients.push(RangeClient { rpc: Rpc::connect(&target.endpoint).await?, request: request.clone() });
+    for i in 0..target.clients {
+        clients.push(RangeClient { rpc: Rpc::connect(target.endpoint(i)).await?, request: request.clone() });
     }
     let mut figures = closed_loop(target, clients).await?;
     figures.operations *= keys;
@@ -340,7 +363,7 @@ impl Client for RecipeMutex {
 pub(crate) async fn recipe_mutex(target: &Target, shared: bool) -> Result<Figures> {
     let mut clients = Vec::new();
     for i in 0..target.clients {
-        let mut rpc = Rpc::connect(&target.endpoint).await?;
+        let mut rpc = Rpc::connect(target.endpoint(i)).await?;
         let lease = grant(&mut rpc, 60).await?;
         let prefix = if shared { "bench-mutex/hot".to_owned() } else { format!("bench-mutex/own{i}") };
         clients.push(RecipeMutex { rpc, prefix, lease });
@@ -366,8 +389,8 @@ impl Client for LockRpc {
 /// Acquire and release by etcd's lock service.
 pub(crate) async fn lock_rpc(target: &Target) -> Result<Figures> {
     let mut clients = Vec::new();
-    for _ in 0..target.clients {
-        let mut rpc = Rpc::connect(&target.endpoint).await?;
+    for i in 0..target.clients {
+        let mut rpc = Rpc::connect(target.endpoint(i)).await?;
         let lease = grant(&mut rpc, 60).await?;
         clients.push(LockRpc { rpc, name: "bench-lock-rpc".into(), lease });
     }
@@ -407,7 +430,7 @@ pub(crate) async fn watch_fan_out(target: &Target, watchers: usize) -> Result<Fi
     let mut tasks = Vec::new();
     let (stop, stopping) = tokio::sync::watch::channel(false);
     for c in 0..connections {
-        let mut rpc = Rpc::connect(&target.endpoint).await?;
+        let mut rpc = Rpc::connect(target.endpoint(c)).await?;
         let mut stream = rpc.stream(WATCH).await?;
         let mine = watchers / connections + usize::from(c < watchers % connections);
         for id in 0..mine {
@@ -439,9 +462,9 @@ pub(crate) async fn watch_fan_out(target: &Target, watchers: usize) -> Result<Fi
             }
         }));
     }
-    let mut rpc = Rpc::connect(&target.endpoint).await?;
+    let mut rpc = Rpc::connect(target.endpoint(0)).await?;
     let value: Bytes = Numbers::new(5).bytes(target.value_bytes).into();
-    let window = Window::open(target.pid)?;
+    let window = Window::open(&target.pids)?;
     let mut puts = 0u64;
     while window.elapsed() < target.duration {
         puts += 1;
@@ -472,7 +495,7 @@ pub(crate) async fn leases(target: &Target, leases: u64, ttl_seconds: i64) -> Re
     let ready = Arc::new(tokio::sync::Barrier::new(streams + 1));
     for s in 0..streams as u64 {
         let (endpoint, answered, lost, stop, ready) =
-            (target.endpoint.clone(), answered.clone(), lost.clone(), stop.clone(), ready.clone());
+            (target.endpoint(s as usize).to_owned(), answered.clone(), lost.clone(), stop.clone(), ready.clone());
         tasks.push(tokio::spawn(async move {
             let mut rpc = Rpc::connect(&endpoint).await?;
             let mut ids = Vec::new();
@@ -516,7 +539,7 @@ pub(crate) async fn leases(target: &Target, leases: u64, ttl_seconds: i64) -> Re
     ready.wait().await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let before = answered.load(Ordering::Relaxed);
-    let window = Window::open(target.pid)?;
+    let window = Window::open(&target.pids)?;
     tokio::time::sleep(target.duration).await;
     let operations = answered.load(Ordering::Relaxed) - before;
     let figures = window.close(Histogram::new(), operations, lost.load(Ordering::Relaxed))?;

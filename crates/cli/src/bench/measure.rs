@@ -77,6 +77,10 @@ pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
+fn total_cpu_seconds(pids: &[u32]) -> Result<f64> {
+    pids.iter().map(|pid| cpu_seconds(*pid)).sum()
+}
+
 /// Resident memory of a process in MiB.
 pub(crate) fn rss_mib(pid: u32) -> Result<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid}"))?;
@@ -112,16 +116,16 @@ impl Figures {
     }
 }
 
-/// A window of measuring: processor time of the server from start to end.
+/// A window of measuring: processor time of the server's processes from start to end.
 pub(crate) struct Window {
-    pid: Option<u32>,
+    pids: Vec<u32>,
     started: Instant,
-    cpu: Option<f64>,
+    cpu: f64,
 }
 
 impl Window {
-    pub(crate) fn open(pid: Option<u32>) -> Result<Self> {
-        Ok(Self { pid, started: Instant::now(), cpu: pid.map(cpu_seconds).transpose()? })
+    pub(crate) fn open(pids: &[u32]) -> Result<Self> {
+        Ok(Self { pids: pids.to_vec(), started: Instant::now(), cpu: total_cpu_seconds(pids)? })
     }
 
     pub(crate) fn elapsed(&self) -> Duration {
@@ -130,11 +134,9 @@ impl Window {
 
     pub(crate) fn close(self, latencies: Histogram, operations: u64, errors: u64) -> Result<Figures> {
         let seconds = self.started.elapsed().as_secs_f64();
-        let cpu = match (self.pid, self.cpu) {
-            (Some(pid), Some(before)) => Some(cpu_seconds(pid)? - before),
-            _ => None,
-        };
-        Ok(Figures { latencies, seconds, operations, server_cpu_seconds: cpu, fairness: None, errors })
+        let used = total_cpu_seconds(&self.pids)? - self.cpu;
+        let server_cpu_seconds = (!self.pids.is_empty()).then_some(used);
+        Ok(Figures { latencies, seconds, operations, server_cpu_seconds, fairness: None, errors })
     }
 }
 

@@ -4,12 +4,14 @@
 //! Server processor time per operation is read from the process itself; it is the steadiest figure on a shared machine.
 //! Not promised. That rates compare between machines, or between runs.
 
+mod cluster;
 mod compare;
 mod load;
 mod measure;
 mod native;
 mod peer;
 mod rpc;
+mod three;
 
 use anyhow::Result;
 use measure::Figures;
@@ -17,7 +19,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::common::{Common, duration};
+use crate::common::{Common, Failure, duration};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct BenchArgs {
@@ -76,9 +78,9 @@ struct RunArgs {
     /// Different keys
     #[arg(long, default_value_t = 10_000)]
     keys: u64,
-    /// The server's process id, to read its processor time and memory
-    #[arg(long)]
-    pid: Option<u32>,
+    /// The process ids of the members, comma separated, to read their processor time
+    #[arg(long, value_delimiter = ',')]
+    pid: Vec<u32>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -87,11 +89,16 @@ struct CompareArgs {
     #[arg(long, value_name = "FILE")]
     etcd: PathBuf,
     /// How long to measure each workload
-    #[arg(long, default_value = "4s", value_parser = duration)]
+    #[arg(long, visible_alias = "seconds", default_value = "4s", value_parser = duration)]
     duration: Duration,
-    /// Only the rows whose name contains one of these, comma separated
+    /// Only the rows whose name contains one of these, comma separated; of the table of one member
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Members of each cluster
+    #[arg(long, default_value = "1", value_parser = ["1", "3"], value_name = "N")]
+    members: String,
+    #[command(flatten)]
+    three: three::Settings,
 }
 
 pub(crate) async fn run(common: &Common, args: BenchArgs) -> Result<ExitCode> {
@@ -99,7 +106,16 @@ pub(crate) async fn run(common: &Common, args: BenchArgs) -> Result<ExitCode> {
         BenchCommand::Run(args) => one(common, &args).await,
         BenchCommand::Compare(args) => {
             let programs = peer::Programs { tenure: std::env::current_exe()?, etcd: args.etcd };
-            compare::run(&programs, args.duration, &args.only).await
+            match args.members.as_str() {
+                "1" if args.three.is_filtered() => {
+                    Err(Failure::usage("--cells is of three members: add --members 3, or use --only").into())
+                }
+                "1" => compare::run(&programs, args.duration, &args.only).await,
+                _ if !args.only.is_empty() => {
+                    Err(Failure::usage("--only is of one member: of three, --cells names what to measure").into())
+                }
+                _ => three::run(&programs, args.duration, &args.three).await,
+            }
         }
     }
 }
@@ -107,8 +123,8 @@ pub(crate) async fn run(common: &Common, args: BenchArgs) -> Result<ExitCode> {
 async fn one(common: &Common, args: &RunArgs) -> Result<ExitCode> {
     let endpoint = common.endpoints.first().cloned().unwrap_or_default();
     let target = load::Target {
-        endpoint: endpoint.clone(),
-        pid: args.pid,
+        endpoints: common.endpoints.clone(),
+        pids: args.pid.clone(),
         clients: args.clients,
         duration: args.duration,
         value_bytes: args.value_bytes,

@@ -1,4 +1,4 @@
-//! The native API by its own Rust client: all callers share one connection, and the client puts their requests together by itself.
+//! The native API by its own Rust client: all callers of an endpoint share one connection, and the client puts their requests together by itself.
 
 use super::load::{Client as Load, Numbers, Target, closed_loop, key};
 use super::measure::Figures;
@@ -6,6 +6,15 @@ use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use std::time::Duration;
 use tenure_client::{Client, Session};
+
+/// A connection to each endpoint; a caller uses the one of its turn.
+async fn connect(target: &Target) -> Result<Vec<Client>> {
+    let mut clients = Vec::new();
+    for endpoint in &target.endpoints {
+        clients.push(Client::connect([endpoint]).await?);
+    }
+    Ok(clients)
+}
 
 struct PutCaller {
     client: Client,
@@ -23,12 +32,12 @@ impl Load for PutCaller {
 
 /// Puts, each with a request id as the client gives it.
 pub(crate) async fn put(target: &Target) -> Result<Figures> {
-    let client = Client::connect([&target.endpoint]).await?;
+    let clients = connect(target).await?;
     let callers = (0..target.clients)
         .map(|i| {
             let mut numbers = Numbers::new(i as u64 + 1);
             let value = numbers.bytes(target.value_bytes).into();
-            PutCaller { client: client.clone(), numbers, keys: target.keys, value }
+            PutCaller { client: clients[i % clients.len()].clone(), numbers, keys: target.keys, value }
         })
         .collect();
     closed_loop(target, callers).await
@@ -49,9 +58,13 @@ impl Load for GetCaller {
 
 /// Linearizable gets.
 pub(crate) async fn get(target: &Target) -> Result<Figures> {
-    let client = Client::connect([&target.endpoint]).await?;
+    let clients = connect(target).await?;
     let callers = (0..target.clients)
-        .map(|i| GetCaller { client: client.clone(), numbers: Numbers::new(i as u64 + 1), keys: target.keys })
+        .map(|i| GetCaller {
+            client: clients[i % clients.len()].clone(),
+            numbers: Numbers::new(i as u64 + 1),
+            keys: target.keys,
+        })
         .collect();
     closed_loop(target, callers).await
 }
@@ -74,7 +87,7 @@ impl Load for LockCaller {
 pub(crate) async fn lock(target: &Target, shared: bool) -> Result<Figures> {
     let mut callers = Vec::new();
     for i in 0..target.clients {
-        let client = Client::connect([&target.endpoint]).await?;
+        let client = Client::connect([target.endpoint(i)]).await?;
         let session = client.session().ttl(Duration::from_secs(60)).await?;
         let name = if shared { "bench/hot".to_owned() } else { format!("bench/own{i}") };
         callers.push(LockCaller { session, name });
