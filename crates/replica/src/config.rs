@@ -13,6 +13,15 @@ pub struct Config {
     pub cluster_token: String,
     /// All members of a new cluster, this one among them: id, name, address. Empty: this member alone.
     pub peers: Vec<(MemberId, String, String)>,
+    /// For a new member of a running cluster; `peers` then names this member alone.
+    pub join: Option<Join>,
+    /// Where clients are told to connect.
+    pub clients: Vec<String>,
+    /// The newest behaviour that this release knows. Less only where an older release is played.
+    pub behaviour: u16,
+    pub release: String,
+    #[doc(hidden)]
+    pub sabotage: Option<Sabotage>,
     pub tick_ms: u64,
     /// A follower that hears nothing for this many ticks may stand for election.
     pub election_ticks: usize,
@@ -42,6 +51,30 @@ pub struct Config {
     pub autocompact: Option<AutoCompact>,
 }
 
+/// What a new member was told about the cluster that it joins.
+#[derive(Clone, Debug)]
+pub struct Join {
+    /// Zero: whichever answers to the token.
+    pub cluster: u64,
+    pub secret: [u8; 16],
+    /// Some members: id, name, address.
+    pub peers: Vec<(MemberId, String, String)>,
+}
+
+/// Rules that a simulated member breaks on purpose, to see that somebody notices.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sabotage {
+    SkipReadIndex,
+    SendBeforeSync,
+    AckBeforeSync,
+    RenewWhenDeposed,
+    ForgetStorage,
+    LocalFlagInApply,
+    ApplyTwice,
+    ForgetVote,
+}
+
 /// How much history to keep: what is younger than `keep_ms` or among the newest `keep_revisions`, while it takes no more than its share
 /// of memory.
 #[derive(Clone, Copy, Debug)]
@@ -65,6 +98,11 @@ impl Config {
             name: name.to_owned(),
             cluster_token: "tenure".to_owned(),
             peers: Vec::new(),
+            join: None,
+            clients: Vec::new(),
+            behaviour: tenure_machine::BEHAVIOUR,
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            sabotage: None,
             tick_ms: 100,
             election_ticks: 10,
             heartbeat_ticks: 1,
@@ -88,7 +126,11 @@ impl Config {
         self.tick_ms * self.election_ticks as u64
     }
 
+    /// Who decides before the first entry. A member that joins learns it from a snapshot.
     pub(crate) fn voters(&self) -> Vec<u64> {
+        if self.join.is_some() {
+            return Vec::new();
+        }
         if self.peers.is_empty() {
             return vec![self.member.0];
         }
@@ -100,7 +142,7 @@ impl Config {
         if self.member.0 == 0 {
             return wrong("a member's id is not zero");
         }
-        if !self.voters().contains(&self.member.0) {
+        if self.join.is_none() && !self.voters().contains(&self.member.0) {
             return wrong("this member is not among the members of the cluster");
         }
         if self.tick_ms == 0 || self.heartbeat_ticks == 0 || self.election_ticks <= self.heartbeat_ticks {

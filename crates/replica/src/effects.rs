@@ -3,7 +3,8 @@
 use crate::clock::Millis;
 use crate::job::Job;
 use std::fmt;
-use tenure_machine::{Change, MemberId, Overload, Rejection, Reply, SessionId, SessionToken, Ticket};
+use crate::peer::PeerFacts;
+use tenure_machine::{Change, MemberId, MemberRecord, Overload, Rejection, Reply, SessionId, SessionToken, Ticket};
 
 /// What one poll gave. The shell hands changes to watchers before it sends answers; it empties the lists.
 #[derive(Debug, Default)]
@@ -11,8 +12,9 @@ pub struct Effects {
     /// In (revision, index) order.
     pub changes: Vec<Change>,
     pub answers: Vec<(Ticket, Answer)>,
-    /// For other members; each may be lost.
-    pub messages: Vec<(MemberId, Vec<u8>)>,
+    /// The whole state was replaced by a snapshot of another member: `changes` do not tell what happened in between, and watchers are
+    /// to be brought up to date from the state.
+    pub restored: bool,
     /// To be run in order, beside the member.
     pub jobs: Vec<Job>,
     /// Poll again at this moment at the latest, or sooner when something arrives.
@@ -44,9 +46,6 @@ pub struct Renewal {
 pub enum Refusal {
     /// More waits for the next poll than is allowed.
     Overloaded,
-    NotLeader {
-        leader: MemberId,
-    },
     /// There is no leader that a majority follows, as far as this member knows.
     NoQuorum,
     Memory(Overload),
@@ -62,7 +61,6 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Overloaded => write!(f, "too many requests wait already"),
-            Self::NotLeader { leader } => write!(f, "member {leader} leads"),
             Self::NoQuorum => write!(f, "no leader with a majority is known"),
             Self::Memory(overload) => write!(f, "{overload}"),
             Self::DiskFull => write!(f, "the disk is nearly full, only requests that free space are taken"),
@@ -92,6 +90,10 @@ pub enum Alarm {
     SnapshotDamaged { file: String, offset: u64, why: String },
     /// A write that a crash cut, or a flip in the very last batch, was taken off the end of the log.
     TornTail { file: String, offset: u64 },
+    /// The clock of another member differs by so much. Nothing rests on it but what people read.
+    ClockSkew { member: String, ms: i64 },
+    /// This member and another do not talk, and why.
+    Peer { member: String, why: String },
 }
 
 impl fmt::Display for Alarm {
@@ -107,6 +109,11 @@ impl fmt::Display for Alarm {
             Self::TornTail { file, offset } => {
                 write!(f, "the log was cut at byte {offset} of {file}, where a crash had torn it")
             }
+            Self::ClockSkew { member, ms } => {
+                let (by, how) = (ms.unsigned_abs() / 1000, if *ms > 0 { "ahead of" } else { "behind" });
+                write!(f, "the clock of member `{member}` is {by} s {how} this one")
+            }
+            Self::Peer { member, why } => write!(f, "no connection with member `{member}`: {why}"),
         }
     }
 }
@@ -127,6 +134,15 @@ pub struct Status {
     pub first_index: u64,
     pub last_index: u64,
     pub voters: Vec<MemberId>,
+    pub learners: Vec<MemberId>,
+    /// Everybody in the table of members, this one too.
+    pub members: Vec<PeerStatus>,
+    /// A majority was heard of within an election timeout, as far as this member can know.
+    pub in_touch: bool,
+    pub handing_over: bool,
+    /// Bytes that are here of a snapshot that is being fetched, and all of them.
+    pub fetching: Option<(u64, u64)>,
+    pub disk_free: u64,
     pub log_file_bytes: u64,
     pub log_segments: usize,
     /// Of this run.
@@ -144,4 +160,20 @@ pub struct Status {
     /// Times when the member did not run for longer than the election timeout.
     pub gaps: u64,
     pub alarms: Vec<Alarm>,
+}
+
+/// Another member, or this one, as this member sees it.
+#[derive(Clone, Debug)]
+pub struct PeerStatus {
+    pub record: MemberRecord,
+    /// What it is; `record.role` is what it should be.
+    pub is_voter: bool,
+    pub is_learner: bool,
+    pub is_connected: bool,
+    pub heard_ms: Option<u64>,
+    /// How far its log is known to be equal to the leader's; only the leader knows.
+    pub matched: Option<u64>,
+    /// What it told last.
+    pub facts: Option<PeerFacts>,
+    pub skew_ms: i64,
 }

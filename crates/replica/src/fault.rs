@@ -90,6 +90,10 @@ pub enum Fault {
     Consensus {
         why: String,
     },
+    /// The other members do not know this folder as that of a member, or not any more.
+    Expelled {
+        why: String,
+    },
     /// It had stopped before.
     Stopped,
 }
@@ -101,6 +105,7 @@ impl fmt::Display for Fault {
             Self::Damaged { file, offset, why } => write!(f, "{file} is damaged at byte {offset}: {why}"),
             Self::Machine(fault) => write!(f, "the log cannot be applied: {fault}"),
             Self::Consensus { why } => write!(f, "consensus stopped: {why}"),
+            Self::Expelled { why } => write!(f, "this member cannot go on with its folder: {why}"),
             Self::Stopped => write!(f, "the member has stopped"),
         }
     }

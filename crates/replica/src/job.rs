@@ -5,10 +5,13 @@
 
 use crate::disk::Disk;
 use crate::log::segment_file;
+use crate::snapshot;
 use std::io;
+use tenure_machine::{Machine, MemberId};
 
 pub(crate) const PREPARE_TEMPORARY: &str = "prepare.tmp";
 /// Zeros are written and synced in pieces, so that the log's own syncs do not wait behind all of them.
+const TAKEN_SYNC_BYTES: u64 = 8 << 20;
 const ZEROS_AT_ONCE: u64 = 1 << 20;
 
 #[derive(Debug)]
@@ -40,6 +43,26 @@ pub enum Job {
         bytes: Vec<u8>,
         name: String,
     },
+    /// Reads a piece of a snapshot for another member.
+    ReadSnapshot {
+        to: MemberId,
+        index: u64,
+        offset: u64,
+        len: u64,
+    },
+    /// One piece of a snapshot of another member; the first makes the file anew.
+    WriteTaken {
+        number: u64,
+        file: String,
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    /// Syncs what was written, checks every block, makes the state of it, and gives the file a name that a start understands.
+    LoadSnapshot {
+        number: u64,
+        file: String,
+        name: String,
+    },
     Remove {
         name: String,
     },
@@ -50,21 +73,32 @@ impl Job {
     pub(crate) fn bytes(&self) -> u64 {
         match self {
             Self::PrepareSegment { bytes, spare: None, .. } => *bytes,
-            Self::WriteSnapshot { bytes, .. } | Self::FinishSnapshot { bytes, .. } => bytes.len() as u64,
-            Self::PrepareSegment { .. } | Self::Retire { .. } | Self::Remove { .. } => 0,
+            Self::WriteSnapshot { bytes, .. }
+            | Self::FinishSnapshot { bytes, .. }
+            | Self::WriteTaken { bytes, .. } => bytes.len() as u64,
+            Self::PrepareSegment { .. }
+            | Self::Retire { .. }
+            | Self::ReadSnapshot { .. }
+            | Self::LoadSnapshot { .. }
+            | Self::Remove { .. } => 0,
         }
     }
 }
 
 /// What became of a job. The text says why it failed.
-#[derive(Debug)]
 pub enum JobDone {
     SegmentPrepared { id: u64, bytes: u64, result: Result<(), String> },
     Retired { spare: String, result: Result<(), String> },
     SnapshotWritten { number: u64, result: Result<(), String> },
     SnapshotFinished { number: u64, name: String, bytes: u64, result: Result<(), String> },
+    SnapshotRead { to: MemberId, index: u64, offset: u64, result: Result<Vec<u8>, String> },
+    TakenWritten { number: u64, result: Result<(), String> },
+    SnapshotLoaded { number: u64, result: Result<Box<Loaded>, String> },
     Removed { name: String, result: Result<(), String> },
 }
+
+/// A state that was fetched, with what its file says of it.
+pub struct Loaded(pub(crate) Box<(snapshot::Meta, Machine)>);
 
 pub fn run_job(disk: &mut dyn Disk, job: Job) -> JobDone {
     match job {
@@ -84,11 +118,35 @@ pub fn run_job(disk: &mut dyn Disk, job: Job) -> JobDone {
             let result = told(finish(disk, &file, offset, &bytes, &name));
             JobDone::SnapshotFinished { number, name, bytes: len, result }
         }
+        Job::ReadSnapshot { to, index, offset, len } => {
+            let read = disk.read(&snapshot::file(index), offset, len as usize);
+            let result = match read {
+                Ok(bytes) if bytes.len() as u64 == len => Ok(bytes),
+                Ok(_) => Err("the file is shorter than it was".to_owned()),
+                Err(error) => Err(error.to_string()),
+            };
+            JobDone::SnapshotRead { to, index, offset, result }
+        }
+        Job::WriteTaken { number, file, offset, bytes } => {
+            // Synced now and then, so that the last sync has little left.
+            let sync = offset / TAKEN_SYNC_BYTES != (offset + bytes.len() as u64) / TAKEN_SYNC_BYTES;
+            JobDone::TakenWritten { number, result: told(write_piece(disk, &file, offset, &bytes, sync)) }
+        }
+        Job::LoadSnapshot { number, file, name } => {
+            JobDone::SnapshotLoaded { number, result: load_taken(disk, &file, &name).map(Box::new) }
+        }
         Job::Remove { name } => {
             let result = told(disk.remove(&name).and_then(|()| disk.sync_folder()));
             JobDone::Removed { name, result }
         }
     }
+}
+
+fn load_taken(disk: &mut dyn Disk, file: &str, name: &str) -> Result<Loaded, String> {
+    disk.sync(file).map_err(|e| e.to_string())?;
+    let loaded = snapshot::load(disk, file).map_err(|e| e.to_string())?;
+    disk.rename(file, name).and_then(|()| disk.sync_folder()).map_err(|e| e.to_string())?;
+    Ok(Loaded(Box::new(loaded)))
 }
 
 fn told(result: io::Result<()>) -> Result<(), String> {

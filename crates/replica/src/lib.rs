@@ -27,11 +27,11 @@ mod snapshot;
 mod store;
 
 pub use clock::Millis;
-pub use config::{AutoCompact, Config};
+pub use config::{AutoCompact, Config, Join, Sabotage};
 pub use disk::{Disk, MemoryDisk};
-pub use effects::{Alarm, Answer, Effects, Refusal, Renewal, Role, Status};
+pub use effects::{Alarm, Answer, Effects, PeerStatus, Refusal, Renewal, Role, Status};
 pub use fault::{Fault, OpenError};
-pub use job::{Job, JobDone, run_job};
-pub use member::Member;
+pub use job::{Job, JobDone, Loaded, run_job};
+pub use member::{Member, join_digest};
 pub use peer::{Hello, Lane, PeerFacts, PeerRefusal};
 pub use tenure_machine::Ticket;

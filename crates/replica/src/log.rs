@@ -98,6 +98,7 @@ pub(crate) struct Log {
     preparing: bool,
     spares: BTreeSet<String>,
     next_id: u64,
+    life: u64,
     /// Room for a header, then the records that wait to be written.
     pending: Vec<u8>,
     starts: Vec<usize>,
@@ -107,6 +108,8 @@ pub(crate) struct Log {
     /// The commit index that is written.
     durable_commit: u64,
     conf: (u64, ConfState),
+    /// What waits takes the log back to a snapshot before its end.
+    resetting: bool,
     /// The last entry that is written, and with what waits.
     last: (u64, u64),
     pending_last: (u64, u64),
@@ -251,12 +254,14 @@ impl Log {
             preparing: false,
             spares: BTreeSet::new(),
             next_id,
+            life: next_id,
             pending: vec![0; HEADER_BYTES],
             starts: Vec::new(),
             pending_entries: Vec::new(),
             hard_state: HardState::default(),
             durable_commit: 0,
             conf: (0, ConfState::default()),
+            resetting: false,
             last: (0, 0),
             pending_last: (0, 0),
             bytes_written: 0,
@@ -414,6 +419,15 @@ impl Log {
         self.put(Kind::ConfState, |out| record::put_conf_state(out, index, conf));
     }
 
+    /// A snapshot from elsewhere stands for everything up to `index`; what the log held beyond it does not count any more.
+    pub(crate) fn reset(&mut self, index: u64, term: u64, conf: &ConfState) {
+        self.put(Kind::Truncate, |out| record::put_numbers(out, &[index + 1]));
+        self.compact(index, term);
+        self.conf_state(index, conf);
+        self.resetting = index < self.last.0;
+        self.pending_last = (index, term);
+    }
+
     pub(crate) fn compact(&mut self, index: u64, term: u64) {
         self.put(Kind::Compact, |out| record::put_numbers(out, &[index, term]));
     }
@@ -488,6 +502,7 @@ impl Log {
         self.pending.shrink_to(4 << 20);
         self.starts.clear();
         self.pending_entries.clear();
+        self.resetting = false;
     }
 
     /// Whether what waits fits into a file of `len` bytes behind `end`, and the record of a growth behind it.
@@ -539,7 +554,7 @@ impl Log {
         let segment = self.segments.back()?;
         let fits = self.fits(segment.end, segment.len);
         // Entries that replace older ones stay in the segment of those, so that the header can name the entry before.
-        let replaces = self.pending_entries.iter().any(|&(_, first)| first <= self.last.0);
+        let replaces = self.resetting || self.pending_entries.iter().any(|&(_, first)| first <= self.last.0);
         if fits || replaces { None } else { self.prepared.take() }
     }
 
@@ -602,6 +617,11 @@ impl Log {
 
     pub(crate) fn retired(&mut self, spare: String) {
         self.spares.insert(spare);
+    }
+
+    /// Rises with each opening of the folder: every life begins a segment of its own.
+    pub(crate) fn life(&self) -> u64 {
+        self.life
     }
 
     pub(crate) fn segments(&self) -> usize {

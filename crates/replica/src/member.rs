@@ -5,32 +5,48 @@
 //! confirmed by a round of heartbeats that began after it. E3: nothing is answered before an entry of the leader's own term is
 //! applied. E4: a failed write or sync of the log is the end of this member. E5: a lone member that leads does all of a write in one poll,
 //! with one write and one sync for everything that waited.
-//! Not promised. Membership changes and sending snapshots to others; a lagging member is caught up from the log.
+//! E6: any member of a group takes requests: `forward.rs`. Who the others are: `group.rs`. Snapshots: `snapshots.rs`.
+//! Not promised. That a caller learns the outcome of what was under way when a majority was lost: it is told `Unknown`.
 //!
-//! One function, `handle_ready`, does what the consensus library asks; it syncs before it lets any message out, so a member never says
-//! what a crash could make untrue, and a sole voter that leads before its vote is on disk tells nobody.
+//! One function, `handle_ready`, does what the consensus library asks. A leader's messages leave before its own sync, so that all disks
+//! work at once; everything else leaves after it, and so do those of a leader whose term or vote is not on disk yet: a sole voter leads
+//! before that, and a crash could give one term two logs. So a member never says what a crash could make untrue.
 
 use crate::clock::{Clock, Millis};
 use crate::config::Config;
 use crate::disk::Disk;
+use crate::config::Sabotage;
 use crate::effects::{Alarm, Answer, Effects, Refusal, Renewal, Role, Status};
 use crate::fault::{Fault, OpenError};
 use crate::identity::{self, Identity};
 use crate::job::{Job, JobDone};
 use crate::log::{self, Log, Recovered, Sizes};
+use crate::peer::{Lane, PeerMessage, Touched};
 use crate::room::Room;
 use crate::sessions::{Deadlines, Due, Renewing, Told};
 use crate::snapshot::{self, LoadError};
-use crate::store::Store;
+use crate::store::{Offer, Store};
 use protobuf::Message as _;
-use raft::eraftpb::{ConfChange, ConfChangeV2, ConfState, Entry, EntryType, Message};
+use raft::eraftpb::{
+    ConfChange, ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType, Message, MessageType,
+};
 use raft::{RawNode, StateRole};
 use raft_proto::ConfChangeI;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tenure_machine::{
-    Applied, Batch, Index, LogTime, Machine, MemberId, Op, Origin, Position, Rejection, SessionEvent, SessionId, Term,
-    Ticket, Txn, Wait,
+    Applied, Batch, Index, LogTime, Machine, MemberId, Op, Origin, Position, Rejection, SessionEvent, SessionId,
+    SessionToken, Term, Ticket, Txn, Wait,
 };
+
+mod forward;
+mod group;
+mod snapshots;
+
+pub use group::join_digest;
+
+use forward::{Queued, Remembered, Sent, Touching, Wants};
+use group::{Complaints, Link};
+use snapshots::{Incoming, Outgoing};
 
 /// Numbers of reads and renewals, so that those of transactions stay without gaps in a batch.
 const READ_NUMBERS: u64 = 1 << 63;
@@ -62,6 +78,7 @@ const SNAPSHOT_BLOCKS_PER_POLL: usize = 2;
 const SNAPSHOT_SYNC_BYTES: u64 = 4 << 20;
 const SNAPSHOTS_KEPT: usize = 2;
 const SNAPSHOT_JOB: &str = "writing a snapshot";
+const TAKING_JOB: &str = "taking a snapshot";
 /// A log of more files than this is due for a snapshot, however short it is.
 const SEGMENTS_MAX: usize = 24;
 
@@ -76,8 +93,8 @@ pub struct Member<D: Disk> {
     lead: Option<Lead>,
     leader_changes: u64,
 
-    /// Transactions for the next poll, with their sizes; they have the numbers before `next_number`.
-    queue: VecDeque<(Txn, usize)>,
+    /// Transactions for the next poll.
+    queue: VecDeque<Queued>,
     /// Since when the queue holds nothing but acquires that will wait.
     riding_since: Option<u64>,
     queue_bytes: usize,
@@ -85,7 +102,49 @@ pub struct Member<D: Disk> {
     /// Callers of transactions that have no answer yet.
     waiting: BTreeSet<u64>,
     proposed: VecDeque<Proposed>,
-    inbox: VecDeque<Message>,
+    inbox: VecDeque<(MemberId, Message)>,
+    outbox: Vec<(MemberId, Lane, Vec<u8>)>,
+
+    // Others: `forward.rs`, `group.rs`, `snapshots.rs`.
+    links: BTreeMap<MemberId, Link>,
+    leader_heard_at: u64,
+    /// Since when nobody leads, as far as this member knows.
+    leaderless_since: Option<u64>,
+    /// The leader and the term that questions were put to.
+    followed: (u64, u64),
+    sent: BTreeMap<u64, Sent>,
+    remembered: BTreeMap<u64, Remembered>,
+    touching: BTreeMap<u64, Touching>,
+    touched: BTreeMap<(MemberId, u64), Vec<(u64, Touched)>>,
+    /// The highest number that was taken from each life of each other member.
+    taken_numbers: BTreeMap<MemberId, (u64, u64)>,
+    /// Answers that came between polls.
+    told: Vec<(Ticket, Answer)>,
+    /// A question was turned away: not to be put again in this poll.
+    pause_asking: bool,
+    campaign_at: Option<u64>,
+    /// Why this folder can be no member any more.
+    expelled: Option<String>,
+    complaints: Complaints,
+    /// Registrations that a new leader found in its log and has not applied.
+    unapplied_storage: BTreeMap<MemberId, [u8; 16]>,
+    /// The last entry that each leader was heard to have.
+    leader_end: (MemberId, u64),
+    registering: Option<u64>,
+    register_at: u64,
+    reconcile_at: u64,
+    list_at: u64,
+    raise_at: u64,
+    facts_at: u64,
+    trouble_at: u64,
+    /// The entry whose checksum was proposed last.
+    checked_at: u64,
+    incoming: Option<Incoming>,
+    next_fetch: u64,
+    /// A snapshot that the log goes on from, whose file has not got its name.
+    taken: Option<(snapshot::Meta, u64)>,
+    outgoing: Outgoing,
+    jobs: Vec<Job>,
 
     next_read: u64,
     asked: Round,
@@ -138,6 +197,10 @@ struct Proposed {
     term: u64,
     first: u64,
     count: u64,
+    arrived: u64,
+    /// Its callers wait here.
+    is_own: bool,
+    given_up: bool,
     batch: Batch,
 }
 
@@ -145,16 +208,24 @@ struct Proposed {
 #[derive(Default)]
 struct Round {
     reads: Vec<Ticket>,
-    renewals: Vec<(SessionId, Ticket)>,
+    renewals: Vec<(SessionId, SessionToken, Ticket)>,
+    /// Rounds of followers: who, in which life, and their number of it.
+    remote: Vec<(MemberId, u64, u64)>,
+    /// When the first of them came, and when the leader was asked last.
+    since: u64,
+    asked_at: u64,
 }
 
 impl Round {
     fn is_empty(&self) -> bool {
-        self.reads.is_empty() && self.renewals.is_empty()
+        self.reads.is_empty() && self.renewals.is_empty() && self.remote.is_empty()
     }
 
-    fn tickets(self) -> impl Iterator<Item = Ticket> {
-        self.reads.into_iter().chain(self.renewals.into_iter().map(|(_, ticket)| ticket))
+    /// Before something is added.
+    fn begin(&mut self, now: u64) {
+        if self.is_empty() {
+            self.since = now;
+        }
     }
 }
 
@@ -165,6 +236,8 @@ struct Snapshots {
     /// Files that were not fit to be loaded.
     damaged: Vec<String>,
     writing: Option<Writing>,
+    /// A member waits for one that is newer than what is there.
+    wanted: bool,
     number: u64,
     /// Bytes of log since the newest began.
     log_bytes: u64,
@@ -197,16 +270,20 @@ impl<D: Disk> Member<D> {
     }
 
     fn start(disk: D, config: Config, opened: Opened, alarms: Vec<Alarm>, now: Millis) -> Result<Self, OpenError> {
-        let Opened { identity, log, mut recovered, mut machine, snapshots } = opened;
+        let Opened { identity, log, mut recovered, mut machine, snapshots, newest } = opened;
         let covered = machine.position().index.0;
         recovered.hard_state.commit = recovered.hard_state.commit.max(covered).max(recovered.conf.0);
         let applied = replay(&mut machine, &recovered)?;
         machine.set_memory_limits(config.memory);
         let since = recovered.entries.iter().filter(|e| e.index > covered);
         let log_bytes = since.map(|e| e.data.len() as u64 + 64).sum();
+        let members_changed = recovered.conf.0 > 0;
         let mut store = Store::new(recovered.hard_state, recovered.conf.1, recovered.before, recovered.entries);
+        store.members_changed = members_changed;
+        store.newest = newest;
         // Recovered entries share the large pieces in which the log was read.
-        store.trim(applied, if config.voters().len() == 1 { 0 } else { CACHE_BYTES });
+        let is_alone = store.conf_state.voters == [config.member.0] && store.conf_state.learners.is_empty();
+        store.trim(applied, if is_alone { 0 } else { CACHE_BYTES });
         let raft = consensus(&config, store, applied)?;
         let clock = Clock::new(now, config.tick_ms, config.election_ms());
         Ok(Self {
@@ -225,6 +302,36 @@ impl<D: Disk> Member<D> {
             waiting: BTreeSet::new(),
             proposed: VecDeque::new(),
             inbox: VecDeque::new(),
+            outbox: Vec::new(),
+            links: BTreeMap::new(),
+            leader_heard_at: 0,
+            leaderless_since: Some(0),
+            followed: (0, 0),
+            sent: BTreeMap::new(),
+            remembered: BTreeMap::new(),
+            touching: BTreeMap::new(),
+            touched: BTreeMap::new(),
+            taken_numbers: BTreeMap::new(),
+            told: Vec::new(),
+            pause_asking: false,
+            campaign_at: None,
+            expelled: None,
+            complaints: Complaints::default(),
+            unapplied_storage: BTreeMap::new(),
+            leader_end: (MemberId(0), 0),
+            registering: None,
+            register_at: 0,
+            reconcile_at: 0,
+            list_at: 0,
+            raise_at: 0,
+            facts_at: 0,
+            trouble_at: 0,
+            checked_at: 0,
+            incoming: None,
+            next_fetch: 0,
+            taken: None,
+            outgoing: Outgoing::default(),
+            jobs: Vec::new(),
             next_read: READ_NUMBERS,
             asked: Round::default(),
             rounds: BTreeMap::new(),
@@ -250,18 +357,20 @@ impl<D: Disk> Member<D> {
     /// Takes a transaction for the next poll. Its answer comes with the ticket, for a wait possibly much later.
     pub fn submit(&mut self, txn: Txn) -> Result<Ticket, Refusal> {
         let bytes = weight(&txn);
-        self.may_submit(&txn, bytes)?;
-        let number = self.enqueue(txn, bytes);
+        self.may_take(&txn, bytes)?;
+        self.remember(self.next_number, &txn);
+        let number = self.enqueue(txn, bytes, Wants::Caller);
         self.waiting.insert(number);
         Ok(self.ticket(number))
     }
 
-    fn may_submit(&self, txn: &Txn, bytes: usize) -> Result<(), Refusal> {
+    fn may_take(&self, txn: &Txn, bytes: usize) -> Result<(), Refusal> {
         self.may_ask()?;
         if bytes > self.config.max_request_bytes {
             return Err(Refusal::TooLarge { bytes, max: self.config.max_request_bytes });
         }
-        if self.queue.len() >= self.config.max_queued || self.queue_bytes + bytes > self.config.max_queued_bytes {
+        let waits = self.queue.len() + self.sent.len();
+        if waits >= self.config.max_queued || self.queue_bytes + bytes > self.config.max_queued_bytes {
             return Err(Refusal::Overloaded);
         }
         self.machine.admit(txn).map_err(Refusal::Memory)?;
@@ -278,17 +387,22 @@ impl<D: Disk> Member<D> {
         if self.stopping || self.faulty {
             return Err(Refusal::Stopping);
         }
-        if self.lead.is_some() {
-            return Ok(());
+        if self.alone() {
+            return if self.lead.is_some() { Ok(()) } else { Err(self.no_leader()) };
         }
-        Err(self.no_leader())
+        let (now, timeout) = (self.clock.elapsed(), self.config.election_ms());
+        // A moment without a leader is waited out; a longer one is told at once.
+        if self.leaderless_since.is_some_and(|since| now >= since + timeout) {
+            return Err(Refusal::NoQuorum);
+        }
+        match self.lead {
+            Some(_) if self.majority_heard_at().is_some_and(|at| now >= at + timeout) => Err(Refusal::NoQuorum),
+            _ => Ok(()),
+        }
     }
 
     fn no_leader(&self) -> Refusal {
-        match self.raft.raft.leader_id {
-            leader if leader == raft::INVALID_ID || leader == self.config.member.0 => Refusal::NoQuorum,
-            leader => Refusal::NotLeader { leader: MemberId(leader) },
-        }
+        Refusal::NoQuorum
     }
 
     /// A linearizable read: `ReadReady` comes when `machine` may be asked.
@@ -298,6 +412,7 @@ impl<D: Disk> Member<D> {
             return Err(Refusal::Overloaded);
         }
         let ticket = self.read_ticket();
+        self.asked.begin(self.clock.elapsed());
         self.asked.reads.push(ticket);
         Ok(ticket)
     }
@@ -308,14 +423,18 @@ impl<D: Disk> Member<D> {
         !self.faulty && self.alone() && self.lead.as_ref().is_some_and(|l| l.serving)
     }
 
-    /// A keep-alive. Its answer comes when the session is known to be alive after this call.
-    pub fn renew(&mut self, session: SessionId) -> Ticket {
+    /// A keep-alive of a session, of one incarnation of it or of whichever lives (0). Its answer comes when the session is known to be alive
+    /// after this call.
+    pub fn renew(&mut self, session: SessionId, token: SessionToken) -> Ticket {
         let ticket = self.read_ticket();
         match self.may_ask() {
             Ok(()) if self.asked.renewals.len() >= 8 * self.config.max_queued => {
                 self.refused.push((ticket, Refusal::Overloaded))
             }
-            Ok(()) => self.asked.renewals.push((session, ticket)),
+            Ok(()) => {
+                self.asked.begin(self.clock.elapsed());
+                self.asked.renewals.push((session, token, ticket));
+            }
             Err(refusal) => self.refused.push((ticket, refusal)),
         }
         ticket
@@ -328,14 +447,44 @@ impl<D: Disk> Member<D> {
         }
     }
 
-    /// A message of another member. Bytes that are none, or of another sender, are dropped.
+    /// A message of another member, of either lane. What is none, or comes from somebody that is not connected, is dropped.
     pub fn receive(&mut self, from: MemberId, message: &[u8]) {
-        let mut decoded = Message::default();
-        let sound =
-            decoded.merge_from_bytes(message).is_ok() && decoded.from == from.0 && decoded.to == self.config.member.0;
-        if sound && self.inbox.len() < INBOX_MAX && !self.faulty {
-            self.inbox.push_back(decoded);
+        let Some(boot) = self.links.get(&from).map(|link| link.boot).filter(|_| !self.faulty) else { return };
+        let Some(message) = PeerMessage::decode(message) else { return };
+        self.heard(from);
+        let own = self.config.boot;
+        match message {
+            PeerMessage::Raft(bytes) => {
+                let mut decoded = Message::default();
+                let sound = decoded.merge_from_bytes(bytes).is_ok()
+                    && decoded.from == from.0
+                    && decoded.to == self.config.member.0;
+                if sound && self.inbox.len() < INBOX_MAX {
+                    self.inbox.push_back((from, decoded));
+                }
+            }
+            PeerMessage::Forward { to_boot, batch } => self.forwarded(from, to_boot, batch),
+            PeerMessage::NotTaken { to_boot, number, why } if to_boot == own => self.not_taken(from, number, why),
+            PeerMessage::Read { to_boot, number } if to_boot == own => self.asked_for_index(from, boot, number),
+            PeerMessage::ReadAt { to_boot, number, index } if to_boot == own => self.index_told(number, index),
+            PeerMessage::Touch { to_boot, touches } if to_boot == own => self.touches(from, boot, touches),
+            PeerMessage::Touched { to_boot, touched } if to_boot == own => self.touches_told(touched),
+            PeerMessage::Pull { index, offset, len } => self.pulled(from, index, offset, len),
+            PeerMessage::Piece { index, offset, bytes } => self.piece(index, offset, bytes),
+            PeerMessage::NoPiece { index } => self.no_piece(index),
+            PeerMessage::CannotPull { .. } => self.fetch_failed(from),
+            PeerMessage::Facts(facts) => self.facts_told(from, facts),
+            // Meant for an earlier life of this member.
+            PeerMessage::NotTaken { .. }
+            | PeerMessage::Read { .. }
+            | PeerMessage::ReadAt { .. }
+            | PeerMessage::Touch { .. }
+            | PeerMessage::Touched { .. } => {}
         }
+    }
+
+    fn post(&mut self, to: MemberId, lane: Lane, message: &PeerMessage<'_>) {
+        self.outbox.push((to, lane, message.encode()));
     }
 
     pub fn job_done(&mut self, done: JobDone) {
@@ -359,6 +508,25 @@ impl<D: Disk> Member<D> {
                 self.snapshot_finished(number, &name, bytes, result.is_ok());
                 (SNAPSHOT_JOB, result)
             }
+            JobDone::SnapshotRead { to, index, offset, result } => {
+                let told = result.as_ref().map(|_| ()).map_err(Clone::clone);
+                self.piece_read(to, index, offset, result);
+                ("reading a snapshot for another member", told)
+            }
+            JobDone::TakenWritten { number, result } => {
+                self.piece_written(number, result.is_ok());
+                (TAKING_JOB, result)
+            }
+            JobDone::SnapshotLoaded { number, result } => match result {
+                Ok(loaded) => {
+                    self.snapshot_loaded(number, Some(loaded.0));
+                    (TAKING_JOB, Ok(()))
+                }
+                Err(why) => {
+                    self.snapshot_loaded(number, None);
+                    (TAKING_JOB, Err(why))
+                }
+            },
             JobDone::Removed { result, .. } => ("removing an old file", result),
         };
         self.alarms.retain(|a| !matches!(a, Alarm::JobFailed { what: w, .. } if *w == what));
@@ -375,54 +543,103 @@ impl<D: Disk> Member<D> {
 
     // One round.
 
-    /// Does all that can be done now. After an error the member is over and the process should stop.
-    pub fn poll(&mut self, now: Millis, out: &mut Effects) -> Result<(), Fault> {
+    /// Does all that can be done now; messages leave by `send` as soon as they may. After an error the member is over and the process
+    /// should stop.
+    pub fn poll(
+        &mut self,
+        now: Millis,
+        out: &mut Effects,
+        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
+    ) -> Result<(), Fault> {
         if self.faulty {
             return Err(Fault::Stopped);
         }
-        let result = self.round(now, out);
+        let result = self.round(now, out, send);
         self.faulty = result.is_err();
         result
     }
 
-    fn round(&mut self, now: Millis, out: &mut Effects) -> Result<(), Fault> {
-        for _ in 0..self.clock.advance(now) {
+    fn round(
+        &mut self,
+        now: Millis,
+        out: &mut Effects,
+        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
+    ) -> Result<(), Fault> {
+        if let Some(why) = &self.expelled {
+            return Err(Fault::Expelled { why: why.clone() });
+        }
+        let ticks = self.clock.advance(now);
+        for _ in 0..ticks {
             self.raft.tick();
             self.set_jitter();
         }
         self.deliver_messages();
+        self.hand_snapshot();
         self.stand_alone()?;
-        self.settle(out)?;
+        self.campaign_early()?;
+        self.settle(out, send)?;
         self.begin_round();
-        self.settle(out)?;
+        self.settle(out, send)?;
         self.answer_confirmed(out);
         self.look_at_disk();
         if !self.stopping {
             self.due_sessions();
             self.due_compaction();
+            self.due_checksum();
         }
+        self.reconcile()?;
+        self.register();
         self.propose()?;
-        self.settle(out)?;
+        self.settle(out, send)?;
         self.answer_confirmed(out);
-        out.answers.extend(self.refused.drain(..).map(|(ticket, refusal)| (ticket, Answer::Refused(refusal))));
+        if ticks > 0 {
+            self.give_up_late();
+            self.ask_late_reads();
+            self.leave_full_disk();
+            self.tell_facts();
+        }
         let more = self.housekeeping(out)?;
+        out.answers.append(&mut self.told);
+        out.answers.extend(self.refused.drain(..).map(|(ticket, refusal)| (ticket, Answer::Refused(refusal))));
+        self.post_touched();
+        self.mail(send);
         // Now that much may be written: the next callers are judged by it.
         self.look_at_disk();
+        self.pause_asking = false;
         out.wake_at = Some(if more { now } else { self.wake_at() });
         Ok(())
     }
 
+    fn mail(&mut self, send: &mut dyn FnMut(MemberId, Lane, Vec<u8>)) {
+        for (to, lane, bytes) in self.outbox.drain(..) {
+            send(to, lane, bytes);
+        }
+    }
+
     fn deliver_messages(&mut self) {
-        while let Some(message) = self.inbox.pop_front() {
+        while let Some((from, message)) = self.inbox.pop_front() {
+            let kind = message.get_msg_type();
+            if kind == MessageType::MsgAppendResponse && !message.reject && self.lead.is_some() && !self.may_count(from) {
+                continue;
+            }
+            if kind == MessageType::MsgAppend {
+                let end = message.entries.last().map_or(message.index, |e| e.index);
+                self.leader_end = (from, if self.leader_end.0 == from { self.leader_end.1.max(end) } else { end });
+            }
+            let message = if kind == MessageType::MsgSnapshot { self.offered(from, message) } else { Some(message) };
             // Messages of an older term, or from a member that is none any more, are refused by the library; nothing follows.
-            let _ = self.raft.step(message);
-            self.set_jitter();
+            if let Some(message) = message {
+                let _ = self.raft.step(message);
+                self.set_jitter();
+            }
         }
     }
 
     /// A member that is alone need not wait for an election.
     fn stand_alone(&mut self) -> Result<(), Fault> {
-        if self.lead.is_some() || self.stopping || !self.alone() || self.raft.raft.state == StateRole::Leader {
+        let conf = &self.raft.store().conf_state;
+        let decides_alone = conf.voters == [self.config.member.0] && conf.voters_outgoing.is_empty();
+        if self.lead.is_some() || self.stopping || !decides_alone || self.raft.raft.state == StateRole::Leader {
             return Ok(());
         }
         self.raft.campaign().map_err(consensus_fault)?;
@@ -439,24 +656,31 @@ impl<D: Disk> Member<D> {
         self.raft.raft.set_randomized_election_timeout((ticks + mixed % ticks) as usize);
     }
 
-    fn settle(&mut self, out: &mut Effects) -> Result<(), Fault> {
+    fn settle(
+        &mut self,
+        out: &mut Effects,
+        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
+    ) -> Result<(), Fault> {
         loop {
-            self.follow_role(out)?;
+            self.follow_role()?;
             self.fetch_wanted()?;
             if !self.raft.has_ready() {
                 return Ok(());
             }
-            self.handle_ready(out)?;
+            self.handle_ready(out, send)?;
         }
     }
 
     /// Everything that the consensus library wants done, in the order that makes it safe: write, sync, tell, apply.
-    fn handle_ready(&mut self, out: &mut Effects) -> Result<(), Fault> {
+    fn handle_ready(
+        &mut self,
+        out: &mut Effects,
+        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
+    ) -> Result<(), Fault> {
         let mut ready = self.raft.ready();
         if !ready.snapshot().is_empty() {
-            return Err(Fault::Consensus {
-                why: "a snapshot arrived, which this release neither sends nor takes".to_owned(),
-            });
+            let metadata = ready.snapshot().get_metadata().clone();
+            self.install(&metadata)?;
         }
         for state in ready.take_read_states() {
             self.confirm(state.index, &state.request_ctx);
@@ -465,22 +689,33 @@ impl<D: Disk> Member<D> {
         self.log.entries(&entries);
         self.snapshots.log_bytes += entries.iter().map(|e| e.data.len() as u64 + 64).sum::<u64>();
         self.raft.mut_store().append(entries);
+        let mut changed = false;
         if let Some(hard_state) = ready.hs() {
             let store = self.raft.mut_store();
-            let changed = (store.hard_state.term, store.hard_state.vote) != (hard_state.term, hard_state.vote);
+            changed = (store.hard_state.term, store.hard_state.vote) != (hard_state.term, hard_state.vote);
             store.hard_state = hard_state.clone();
-            if changed {
+            if changed && self.config.sabotage != Some(Sabotage::ForgetVote) {
                 self.log.hard_state(hard_state);
             } else {
                 self.log.commit(hard_state.commit);
             }
         }
-        if ready.must_sync() {
-            self.flush()?;
+        // All that is older is synced: a leader may speak while its own disk works.
+        let messages = ready.take_messages();
+        let sabotaged = self.config.sabotage == Some(Sabotage::SendBeforeSync);
+        if !changed || sabotaged {
+            self.post_raft(messages)?;
+            if self.config.sabotage == Some(Sabotage::AckBeforeSync) || sabotaged {
+                self.post_raft(ready.take_persisted_messages())?;
+            }
+            self.mail(send);
+            self.sync_ready(&ready)?;
+        } else {
+            self.sync_ready(&ready)?;
+            self.post_raft(messages)?;
         }
-        // A leader's messages could leave before its own sync, but not those of a term or a vote that is not on disk; here all wait.
-        send(ready.take_messages(), out)?;
-        send(ready.take_persisted_messages(), out)?;
+        self.post_raft(ready.take_persisted_messages())?;
+        self.installed(out)?;
         let committed = ready.take_committed_entries();
         self.apply(committed, out)?;
         let mut light = self.raft.advance_append(ready);
@@ -488,12 +723,25 @@ impl<D: Disk> Member<D> {
             self.raft.mut_store().hard_state.commit = commit;
             self.log.commit(commit);
         }
-        send(light.take_messages(), out)?;
+        self.post_raft(light.take_messages())?;
         self.apply(light.take_committed_entries(), out)?;
         let applied = self.machine.position().index.0;
         self.raft.advance_apply_to(applied);
         let keep = if self.alone() { 0 } else { CACHE_BYTES };
         self.raft.mut_store().trim(applied, keep);
+        self.mail(send);
+        Ok(())
+    }
+
+    fn sync_ready(&mut self, ready: &raft::Ready) -> Result<(), Fault> {
+        if ready.must_sync() { self.flush() } else { Ok(()) }
+    }
+
+    fn post_raft(&mut self, messages: Vec<Message>) -> Result<(), Fault> {
+        for message in messages {
+            let bytes = message.write_to_bytes().map_err(|e| Fault::Consensus { why: e.to_string() })?;
+            self.post(MemberId(message.to), Lane::Messages, &PeerMessage::Raft(&bytes));
+        }
         Ok(())
     }
 
@@ -525,16 +773,31 @@ impl<D: Disk> Member<D> {
 
     // Leadership.
 
-    fn follow_role(&mut self, out: &mut Effects) -> Result<(), Fault> {
+    fn follow_role(&mut self) -> Result<(), Fault> {
         let leads = self.raft.raft.state == StateRole::Leader;
         let term = self.raft.raft.term;
         match &self.lead {
-            Some(lead) if leads && lead.term == term => return Ok(()),
-            None if !leads => return Ok(()),
-            Some(_) => self.step_down(out),
+            Some(lead) if leads && lead.term == term => {}
+            None if !leads => {}
+            Some(_) => self.step_down(),
             None => {}
         }
-        if leads { self.step_up(term) } else { Ok(()) }
+        if leads && self.lead.is_none() {
+            self.step_up(term)?;
+        }
+        let leader = self.raft.raft.leader_id;
+        if leader == raft::INVALID_ID {
+            self.leaderless_since.get_or_insert(self.clock.elapsed());
+        } else {
+            self.leaderless_since = None;
+        }
+        if self.followed != (leader, term) {
+            self.followed = (leader, term);
+            self.leader_heard_at = self.clock.elapsed();
+            self.ask_again();
+            self.register_at = self.register_at.min(self.clock.elapsed());
+        }
+        Ok(())
     }
 
     fn step_up(&mut self, term: u64) -> Result<(), Fault> {
@@ -542,16 +805,30 @@ impl<D: Disk> Member<D> {
         // Stamps of entries that are in the log and not applied count too: time must not go back if they are.
         let unapplied =
             self.raft.store().after(applied).filter(|e| e.entry_type == EntryType::EntryNormal && !e.data.is_empty());
-        let stamps = unapplied.map(|e| {
+        let mut newest = LogTime(0);
+        let mut storages = BTreeMap::new();
+        for e in unapplied {
             let unreadable = |error| Fault::Machine(tenure_machine::Fault::unreadable(Index(e.index), error));
-            Batch::decode(&e.data).map(|b| b.stamp).map_err(unreadable)
-        });
-        let newest = stamps.collect::<Result<Vec<_>, _>>()?.into_iter().max().unwrap_or_default();
+            let batch = Batch::decode(&e.data).map_err(unreadable)?;
+            newest = newest.max(batch.stamp);
+            for op in batch.txns.iter().flat_map(|t| &t.then) {
+                if let Op::MemberRegister { id, storage, .. } = op {
+                    storages.insert(*id, *storage);
+                }
+            }
+        }
+        self.unapplied_storage = storages;
         let base = self.machine.stamp().max(newest);
         let empty = applied == 0 && self.raft.store().last_index() == 0;
         self.lead =
             Some(Lead { term, base, since: self.clock.elapsed(), stamped: base, serving: false, genesis: false });
         self.leader_changes += 1;
+        // The leader before had this much, and all of it will be committed: if its folder comes back with less, it is not the same.
+        let (old, index) = self.leader_end;
+        let known = self.machine.member(old).is_some_and(|r| r.is_live() && r.seen.0 < index);
+        if known && index <= self.raft.store().last_index() {
+            self.enqueue_lead(Op::MemberSeen { id: old, index: Index(index) });
+        }
         if empty { self.genesis() } else { Ok(()) }
     }
 
@@ -566,33 +843,29 @@ impl<D: Disk> Member<D> {
             lead.genesis = true;
         }
         // Nobody waits for it: callers have the numbers from 1 on.
-        self.propose_batch(0, vec![Txn::of(Op::Genesis { cluster, issuer })]).map(|_| ())
+        let origin = Origin { member: self.config.member, boot: self.config.boot, first: 0 };
+        self.propose_batch(origin, vec![Txn::of(Op::Genesis { cluster, issuer })], self.clock.elapsed()).map(|_| ())
     }
 
-    fn step_down(&mut self, out: &mut Effects) {
+    /// What callers asked goes on under the next leader, or is answered in time by `give_up_late`; what this one did as the leader is over.
+    fn step_down(&mut self) {
         self.lead = None;
-        let refusal = self.no_leader();
-        let queued = self.next_number - self.queue.len() as u64..self.next_number;
-        self.queue.clear();
-        self.queue_bytes = 0;
-        for number in queued {
-            if self.waiting.remove(&number) {
-                out.answers.push((self.ticket(number), Answer::Refused(refusal.clone())));
+        self.riding_since = None;
+        let (stays, goes): (Vec<_>, Vec<_>) = std::mem::take(&mut self.queue)
+            .into_iter()
+            .partition(|q| matches!(q.wants, Wants::Caller | Wants::Own));
+        self.queue = stays.into();
+        for q in goes {
+            self.queue_bytes -= q.size;
+            if let Wants::Member(member, to_boot) = q.wants {
+                let why = crate::peer::NotTaken::Elsewhere;
+                self.post(member, Lane::Messages, &PeerMessage::NotTaken { to_boot, number: q.number, why });
             }
         }
-        for proposed in std::mem::take(&mut self.proposed) {
-            for number in proposed.first..proposed.first + proposed.count {
-                if self.waiting.remove(&number) {
-                    out.answers.push((self.ticket(number), Answer::Unknown));
-                }
-            }
+        for ticket in self.deadlines.clear() {
+            self.refuse_renewal(ticket);
         }
-        let rounds =
-            std::mem::take(&mut self.rounds).into_values().chain(self.confirmed.drain(..).map(|(_, round)| round));
-        let tickets: Vec<Ticket> = rounds.chain([std::mem::take(&mut self.asked)]).flat_map(Round::tickets).collect();
-        for ticket in tickets.into_iter().chain(self.deadlines.clear()) {
-            out.answers.push((ticket, Answer::Refused(refusal.clone())));
-        }
+        self.unapplied_storage.clear();
     }
 
     /// An entry of the own term is applied: from now on the state says what is true, and sessions get their time.
@@ -611,38 +884,45 @@ impl<D: Disk> Member<D> {
 
     // Proposing.
 
-    fn enqueue(&mut self, txn: Txn, bytes: usize) -> u64 {
+    fn enqueue(&mut self, txn: Txn, size: usize, wants: Wants) -> u64 {
         let number = self.next_number;
         self.next_number += 1;
-        self.queue_bytes += bytes;
-        self.queue.push_back((txn, bytes));
+        self.queue_bytes += size;
+        let arrived = self.clock.elapsed();
+        self.queue.push_back(Queued { number, txn, size, arrived, wants, tried: Vec::new() });
         number
     }
 
-    fn enqueue_own(&mut self, op: Op) {
+    fn enqueue_lead(&mut self, op: Op) {
         let txn = Txn::of(op);
         let bytes = weight(&txn);
-        self.enqueue(txn, bytes);
+        self.enqueue(txn, bytes, Wants::Lead);
     }
 
-    /// One proposal of everything that waits, cut into entries only where it is large.
+    /// One proposal of everything that waits, cut into entries where it is large and where other callers begin.
     fn propose(&mut self) -> Result<(), Fault> {
-        let Some(lead) = &self.lead else { return Ok(()) };
+        let Some(lead) = &self.lead else {
+            self.forward();
+            return Ok(());
+        };
+        if self.raft.raft.lead_transferee.is_some() {
+            return Ok(());
+        }
         if lead.serving && !lead.genesis && self.machine.cluster() == 0 {
             self.genesis()?;
         }
         if self.queue.is_empty() && self.stamp_is_due() {
-            self.propose_batch(self.next_number, Vec::new())?;
+            let origin = Origin { member: self.config.member, boot: self.config.boot, first: self.next_number };
+            self.propose_batch(origin, Vec::new(), self.clock.elapsed())?;
         }
         if self.rides_along() {
             return Ok(());
         }
         while !self.queue.is_empty() {
-            let first = self.next_number - self.queue.len() as u64;
-            let txns = self.next_batch();
+            let (origin, arrived, txns) = self.next_batch();
             let count = txns.len() as u64;
-            if !self.propose_batch(first, txns)? {
-                self.refuse_numbers(first, count);
+            if !self.propose_batch(origin, txns, arrived)? {
+                self.not_proposed(origin, count);
             }
         }
         Ok(())
@@ -654,7 +934,7 @@ impl<D: Disk> Member<D> {
     fn rides_along(&mut self) -> bool {
         let now = self.clock.elapsed();
         let joins_only =
-            !self.queue.is_empty() && !self.stopping && self.queue.iter().all(|(txn, _)| self.only_joins(txn));
+            !self.queue.is_empty() && !self.stopping && self.queue.iter().all(|q| self.only_joins(&q.txn));
         if !joins_only {
             self.riding_since = None;
             return false;
@@ -678,28 +958,35 @@ impl<D: Disk> Member<D> {
         }
     }
 
-    fn next_batch(&mut self) -> Vec<Txn> {
-        let mut bytes = 0;
-        let fitting = self.queue.iter().take_while(|(_, size)| {
-            bytes += size;
-            bytes <= self.config.max_batch_bytes
+    /// The transactions at the head of the queue whose callers wait at one place, under numbers without a gap.
+    fn next_batch(&mut self) -> (Origin, u64, Vec<Txn>) {
+        let origin_of = |q: &Queued| match q.wants {
+            Wants::Member(member, boot) => (member, boot),
+            Wants::Caller | Wants::Lead | Wants::Own => (self.config.member, self.config.boot),
+        };
+        let (mut bytes, mut place, mut number, mut arrived) = (0, (MemberId(0), 0), 0, 0);
+        let mut count = 0;
+        for q in &self.queue {
+            bytes += q.size;
+            if count == 0 {
+                (place, number, arrived) = (origin_of(q), q.number, q.arrived);
+            } else if origin_of(q) != place || q.number != number + count || bytes > self.config.max_batch_bytes {
+                break;
+            }
+            count += 1;
+        }
+        let txns = self.queue.drain(..count as usize).map(|q| {
+            self.queue_bytes -= q.size;
+            q.txn
         });
-        let count = fitting.count().max(1);
-        self.queue
-            .drain(..count)
-            .map(|(txn, size)| {
-                self.queue_bytes -= size;
-                txn
-            })
-            .collect()
+        (Origin { member: place.0, boot: place.1, first: number }, arrived, txns.collect())
     }
 
     /// Whether the library took the entry. It drops one that would leave too much undecided.
-    fn propose_batch(&mut self, first: u64, txns: Vec<Txn>) -> Result<bool, Fault> {
+    fn propose_batch(&mut self, origin: Origin, txns: Vec<Txn>, arrived: u64) -> Result<bool, Fault> {
         let Some(lead) = &mut self.lead else { return Ok(false) };
         let stamp = lead.stamp(self.clock.elapsed());
         lead.stamped = stamp;
-        let origin = Origin { member: self.config.member, boot: self.config.boot, first };
         let count = txns.len() as u64;
         let batch = Batch { behaviour: self.machine.behaviour(), stamp, origin, txns };
         match self.raft.propose(Vec::new(), batch.encode()) {
@@ -708,14 +995,19 @@ impl<D: Disk> Member<D> {
             Err(error) => return Err(consensus_fault(error)),
         }
         let (index, term) = (self.raft.raft.raft_log.last_index(), self.raft.raft.term);
-        self.proposed.push_back(Proposed { index, term, first, count, batch });
+        let is_own = origin.member == self.config.member;
+        let (first, given_up) = (origin.first, false);
+        self.proposed.push_back(Proposed { index, term, first, count, arrived, is_own, given_up, batch });
         Ok(true)
     }
 
-    fn refuse_numbers(&mut self, first: u64, count: u64) {
-        for number in first..first + count {
-            if self.waiting.remove(&number) {
-                self.refused.push((self.ticket(number), Refusal::Overloaded));
+    fn not_proposed(&mut self, origin: Origin, count: u64) {
+        for number in origin.first..origin.first + count {
+            if origin.member == self.config.member {
+                self.refuse_number(number, Refusal::Overloaded);
+            } else {
+                let (to_boot, why) = (origin.boot, crate::peer::NotTaken::Overloaded);
+                self.post(origin.member, Lane::Messages, &PeerMessage::NotTaken { to_boot, number, why });
             }
         }
     }
@@ -740,7 +1032,7 @@ impl<D: Disk> Member<D> {
         let Some(lead) = self.lead.as_ref().filter(|l| l.serving) else { return };
         let term = Term(lead.term);
         for due in self.deadlines.due(self.clock.elapsed(), DUE_MAX) {
-            self.enqueue_own(match due {
+            self.enqueue_lead(match due {
                 Due::Expire { id, token } => Op::SessionExpire { session: id, token, term },
                 Due::Checkpoint { id, token, remaining_ms } => {
                     Op::SessionCheckpoint { session: id, token, remaining_ms: Some(remaining_ms) }
@@ -758,7 +1050,18 @@ impl<D: Disk> Member<D> {
         let Some(keep) = self.config.autocompact else { return };
         let to = self.machine.autocompact(keep.keep_ms, keep.keep_revisions, keep.history_share_percent);
         if let Some(revision) = to.and_then(|r| i64::try_from(r.0).ok()) {
-            self.enqueue_own(Op::Compact { revision });
+            self.enqueue_lead(Op::Compact { revision });
+        }
+    }
+
+    /// Members compare what they made of the log: one that differs stops.
+    fn due_checksum(&mut self) {
+        if self.lead.as_ref().is_some_and(|l| l.serving)
+            && let Some(op) = self.machine.checksum_due()
+            && self.machine.position().index.0 > self.checked_at
+        {
+            self.checked_at = self.machine.position().index.0;
+            self.enqueue_lead(op);
         }
     }
 
@@ -766,13 +1069,25 @@ impl<D: Disk> Member<D> {
 
     /// All reads and renewals that came since the last poll share one round.
     fn begin_round(&mut self) {
-        if self.asked.is_empty() || !self.lead.as_ref().is_some_and(|l| l.serving) {
+        if self.asked.is_empty() || self.pause_asking {
             return;
         }
-        let number = self.next_read;
-        self.next_read += 1;
-        self.rounds.insert(number, std::mem::take(&mut self.asked));
-        self.raft.read_index(number.to_le_bytes().to_vec());
+        match &self.lead {
+            None => self.ask_leader(),
+            Some(lead) if lead.serving => {
+                let number = self.next_read;
+                self.next_read += 1;
+                if self.config.sabotage == Some(Sabotage::SkipReadIndex) {
+                    let round = std::mem::take(&mut self.asked);
+                    self.confirmed.push((self.raft.raft.raft_log.committed, round));
+                    return;
+                }
+                let round = Round { asked_at: u64::MAX / 2, ..std::mem::take(&mut self.asked) };
+                self.rounds.insert(number, round);
+                self.raft.read_index(number.to_le_bytes().to_vec());
+            }
+            Some(_) => {}
+        }
     }
 
     fn confirm(&mut self, index: u64, context: &[u8]) {
@@ -793,23 +1108,50 @@ impl<D: Disk> Member<D> {
                 continue;
             }
             out.answers.extend(round.reads.into_iter().map(|ticket| (ticket, Answer::ReadReady)));
-            for (session, ticket) in round.renewals {
-                self.renewed(session, ticket, out);
+            for (session, token, ticket) in round.renewals {
+                self.renewed(session, token, ticket, out);
+            }
+            for (member, to_boot, number) in round.remote {
+                let index = Some(index);
+                self.post(member, Lane::Messages, &PeerMessage::ReadAt { to_boot, number, index });
             }
         }
     }
 
-    fn renewed(&mut self, session: SessionId, ticket: Ticket, out: &mut Effects) {
+    fn renewed(&mut self, session: SessionId, token: SessionToken, ticket: Ticket, out: &mut Effects) {
+        // An owner of an ended incarnation must not keep its successor alive.
+        let lives = self.machine.session(session).is_some_and(|live| token == 0 || live.token == token);
+        if !lives {
+            return self.answer_renewal(ticket, session, None, out);
+        }
         match self.deadlines.renew(self.clock.elapsed(), session, ticket) {
-            Renewing::Renewed { token, ttl_ms } => {
-                out.answers.push((ticket, Answer::Renewed(Ok(Renewal { session, token, ttl_ms }))));
-            }
-            Renewing::Gone => out.answers.push((ticket, Answer::Renewed(Err(Rejection::SessionExpired { session })))),
+            Renewing::Renewed { token, ttl_ms } => self.answer_renewal(ticket, session, Some((token, ttl_ms)), out),
+            Renewing::Gone => self.answer_renewal(ticket, session, None, out),
             Renewing::Held => {}
             Renewing::HeldForClearing { token } => {
-                self.enqueue_own(Op::SessionCheckpoint { session, token, remaining_ms: None })
+                self.enqueue_lead(Op::SessionCheckpoint { session, token, remaining_ms: None })
             }
         }
+    }
+
+    fn answer_renewal(
+        &mut self,
+        ticket: Ticket,
+        session: SessionId,
+        renewed: Option<(SessionToken, u64)>,
+        out: &mut Effects,
+    ) {
+        if self.is_own(ticket) {
+            let renewal = renewed.map(|(token, ttl_ms)| Renewal { session, token, ttl_ms });
+            let answer = renewal.ok_or(Rejection::SessionExpired { session });
+            return out.answers.push((ticket, Answer::Renewed(answer)));
+        }
+        let what = renewed.map_or(Touched::Gone, |(token, ttl_ms)| Touched::Renewed { token, ttl_ms });
+        self.touched(ticket, what);
+    }
+
+    fn is_own(&self, ticket: Ticket) -> bool {
+        ticket.member == self.config.member && ticket.boot == self.config.boot
     }
 
     // Applying.
@@ -835,19 +1177,30 @@ impl<D: Disk> Member<D> {
 
     fn apply_batch(&mut self, at: Position, entry: &Entry, out: &mut Effects) -> Result<(), Fault> {
         let mut applied = std::mem::take(&mut self.applied);
-        let result = match self.take_proposed(at) {
-            Some(batch) => self.machine.apply(at, batch, &mut applied),
-            None => self.machine.apply_encoded(at, &entry.data, &mut applied),
+        let batch = match self.take_proposed(at) {
+            Some(batch) => batch,
+            None => Batch::decode(&entry.data)
+                .map_err(|error| Fault::Machine(tenure_machine::Fault::unreadable(at.index, error)))?,
         };
-        result?;
+        if batch.behaviour > self.config.behaviour {
+            let (index, behaviour, known) = (at.index, batch.behaviour, self.config.behaviour);
+            return Err(Fault::Machine(tenure_machine::Fault::UnknownBehaviour { index, behaviour, known }));
+        }
+        let (origin, count) = (batch.origin, batch.txns.len() as u64);
+        self.machine.apply(at, batch, &mut applied)?;
+        self.arrived(origin, count);
         out.changes.append(&mut applied.changes);
         for event in applied.sessions.drain(..) {
             self.session_event(&event, out);
         }
         for (ticket, reply) in applied.replies.drain(..) {
             // Tickets of another member, or of an earlier life of this one, have no caller here.
-            let ours = ticket.member == self.config.member && ticket.boot == self.config.boot;
-            if ours && self.waiting.remove(&ticket.number) {
+            if !self.is_own(ticket) {
+                continue;
+            }
+            self.registered(ticket.number, &reply.result);
+            self.remembered.remove(&ticket.number);
+            if self.waiting.remove(&ticket.number) {
                 out.answers.push((ticket, Answer::Done(reply)));
             }
         }
@@ -855,13 +1208,17 @@ impl<D: Disk> Member<D> {
         Ok(())
     }
 
-    /// The batch of our own that this entry is, if it is one.
+    /// The batch that this member proposed and this entry is, if it is one.
     fn take_proposed(&mut self, at: Position) -> Option<Batch> {
-        while self.proposed.front().is_some_and(|p| p.index < at.index.0) {
-            self.proposed.pop_front();
+        while let Some(lost) = self.proposed.pop_front_if(|p| p.index < at.index.0 || (p.index == at.index.0 && p.term != at.term.0)) {
+            // Another leader's entry stands in its place for ever: it was not and will not be applied.
+            for number in lost.first..lost.first + lost.count {
+                if lost.is_own {
+                    self.refuse_number(number, Refusal::NoQuorum);
+                }
+            }
         }
-        let ours = self.proposed.front().is_some_and(|p| (p.index, p.term) == (at.index.0, at.term.0));
-        if ours { self.proposed.pop_front().map(|p| p.batch) } else { None }
+        self.proposed.pop_front_if(|p| (p.index, p.term) == (at.index.0, at.term.0)).map(|p| p.batch)
     }
 
     fn session_event(&mut self, event: &SessionEvent, out: &mut Effects) {
@@ -869,8 +1226,7 @@ impl<D: Disk> Member<D> {
             return;
         }
         for Told { ticket, session, renewed } in self.deadlines.event(self.clock.elapsed(), event) {
-            let renewal = renewed.map(|(token, ttl_ms)| Renewal { session, token, ttl_ms });
-            out.answers.push((ticket, Answer::Renewed(renewal.ok_or(Rejection::SessionExpired { session }))));
+            self.answer_renewal(ticket, session, renewed, out);
         }
     }
 
@@ -887,8 +1243,11 @@ impl<D: Disk> Member<D> {
         };
         let conf = self.raft.apply_conf_change(&change).map_err(consensus_fault)?;
         self.log.conf_state(entry.index, &conf);
-        self.raft.mut_store().conf_state = conf;
+        let store = self.raft.mut_store();
+        store.conf_state = conf;
+        store.members_changed = true;
         self.set_jitter();
+        self.reconcile_at = 0;
         Ok(())
     }
 
@@ -905,6 +1264,9 @@ impl<D: Disk> Member<D> {
         }
         self.write_snapshot(out);
         self.let_go(out);
+        self.fetch(out);
+        self.send_pieces(out);
+        out.jobs.append(&mut self.jobs);
         out.jobs.iter().skip(jobs_before).for_each(|job| self.room.job_begins(job));
         if self.log.wants_mark() && now >= self.wrote_at + QUIET_MS {
             self.log.synced_mark();
@@ -931,6 +1293,12 @@ impl<D: Disk> Member<D> {
         if let Some(since) = self.riding_since {
             at = at.min(since + RIDE_MS);
         }
+        if let Some(campaign) = self.campaign_at {
+            at = at.min(campaign);
+        }
+        if self.pieces_wait() {
+            at = at.min(now + 1);
+        }
         self.clock.moment(at.max(now + 1))
     }
 
@@ -951,118 +1319,6 @@ impl<D: Disk> Member<D> {
         self.room.free().saturating_sub(growth) < self.config.disk_reserve_bytes
     }
 
-    fn start_snapshot(&mut self) {
-        let due = self.snapshots.log_bytes >= self.config.snapshot_log_bytes || self.log.segments() > SEGMENTS_MAX;
-        let newest = self.snapshots.files.last().map_or(0, |f| f.0);
-        // A full disk is when a snapshot is wanted most, because it lets log go; but it must fit.
-        let fits = || self.room.free() >= self.machine.memory().used.saturating_add(4 << 20);
-        if !due || self.snapshots.writing.is_some() || self.machine.position().index.0 <= newest || !fits() {
-            return;
-        }
-        let position = self.machine.snapshot_begin();
-        let conf = (position.index.0, self.raft.store().conf_state.clone());
-        let meta =
-            snapshot::Meta { cluster: self.machine.cluster(), index: position.index.0, term: position.term.0, conf };
-        self.snapshots.number += 1;
-        self.snapshots.writing = Some(Writing {
-            number: self.snapshots.number,
-            writer: snapshot::Writer::new(meta),
-            jobs: 0,
-            synced_to: 0,
-            complete: false,
-            log_bytes: std::mem::take(&mut self.snapshots.log_bytes),
-        });
-    }
-
-    /// A few blocks a poll, and only so many ahead of the worker. The last piece, which gives the file its name, goes when all others
-    /// are known to be written.
-    fn write_snapshot(&mut self, out: &mut Effects) {
-        let Some(writing) = &mut self.snapshots.writing else { return };
-        let (file, number) = (snapshot::TEMPORARY, writing.number);
-        let mut blocks = 0;
-        while !writing.complete && writing.jobs < SNAPSHOT_JOBS_MAX && blocks < SNAPSHOT_BLOCKS_PER_POLL {
-            let Some(block) = self.machine.snapshot_next(snapshot::BLOCK_BYTES) else {
-                writing.complete = true;
-                break;
-            };
-            let (offset, bytes) = match writing.writer.block(&block) {
-                Ok(piece) => piece,
-                Err(len) => {
-                    self.give_up_snapshot();
-                    let why = format!("the state has a part of {len} bytes, more than a snapshot holds");
-                    return self.job_failed(SNAPSHOT_JOB, why);
-                }
-            };
-            // A sync now and then, so that the last one has little left and the log's own syncs do not queue behind it.
-            let sync = writing.writer.offset() - writing.synced_to >= SNAPSHOT_SYNC_BYTES;
-            if sync {
-                writing.synced_to = writing.writer.offset();
-            }
-            writing.jobs += 1;
-            blocks += 1;
-            out.jobs.push(Job::WriteSnapshot { number, file: file.to_owned(), offset, bytes, sync });
-        }
-        if writing.complete && writing.jobs == 0 {
-            let (offset, bytes) = writing.writer.trailer();
-            // Counted, so that it is given out once.
-            writing.jobs = SNAPSHOT_JOBS_MAX;
-            let name = snapshot::file(writing.writer.meta().index);
-            out.jobs.push(Job::FinishSnapshot { number, file: file.to_owned(), offset, bytes, name });
-        }
-    }
-
-    fn snapshot_written(&mut self, number: u64, done: bool) {
-        let Some(writing) = self.snapshots.writing.as_mut().filter(|w| w.number == number) else { return };
-        writing.jobs -= 1;
-        if !done {
-            self.give_up_snapshot();
-        }
-    }
-
-    /// The file is begun anew, never gone on with: after a failed write or sync nothing is known of its bytes.
-    fn give_up_snapshot(&mut self) {
-        if let Some(writing) = self.snapshots.writing.take() {
-            self.machine.snapshot_abort();
-            self.snapshots.log_bytes += writing.log_bytes;
-        }
-    }
-
-    fn snapshot_finished(&mut self, number: u64, name: &str, bytes: u64, done: bool) {
-        if self.snapshots.writing.as_ref().is_none_or(|w| w.number != number) {
-            return;
-        }
-        if !done {
-            return self.give_up_snapshot();
-        }
-        let Some(writing) = self.snapshots.writing.take() else { return };
-        self.alarms.retain(|a| !matches!(a, Alarm::SnapshotDamaged { .. }));
-        self.snapshots.damaged.retain(|d| d != name);
-        self.snapshots.files.push((writing.writer.meta().index, bytes));
-    }
-
-    /// Two snapshots stay, and the log since the older of them.
-    fn let_go(&mut self, out: &mut Effects) {
-        if self.snapshots.files.len() >= SNAPSHOTS_KEPT {
-            let damaged = std::mem::take(&mut self.snapshots.damaged);
-            out.jobs.extend(damaged.into_iter().map(|name| Job::Remove { name }));
-        }
-        while self.snapshots.files.len() > SNAPSHOTS_KEPT {
-            let (index, _) = self.snapshots.files.remove(0);
-            out.jobs.push(Job::Remove { name: snapshot::file(index) });
-        }
-        let Some(&(older, _)) = self.snapshots.files.first().filter(|_| self.snapshots.files.len() == SNAPSHOTS_KEPT)
-        else {
-            return;
-        };
-        if older < self.raft.store().first_index() {
-            return;
-        }
-        let Some(term) = self.raft.store().term_of(older) else { return };
-        self.raft.mut_store().compact(older);
-        self.log.compact(older, term);
-        out.jobs.extend(self.log.release(older + 1));
-    }
-
     // What it tells.
 
     pub fn machine(&self) -> &Machine {
@@ -1078,12 +1334,27 @@ impl<D: Disk> Member<D> {
         self.lead.as_ref().is_some_and(|l| l.serving)
     }
 
-    pub fn status(&self) -> Status {
-        let raft = &self.raft.raft;
+    fn own_alarms(&self) -> Vec<Alarm> {
         let mut alarms = self.alarms.clone();
         if self.disk_full() {
             alarms.push(Alarm::DiskFull { free: self.room.free(), reserve: self.config.disk_reserve_bytes });
         }
+        alarms
+    }
+
+    /// How old what a stale read finds may be: since when nothing was heard of a leader, or of a majority by one that leads.
+    pub fn stale_ms(&self) -> u64 {
+        if self.alone() {
+            return 0;
+        }
+        let heard = if self.lead.is_some() { self.majority_heard_at() } else { Some(self.leader_heard_at) };
+        self.clock.elapsed().saturating_sub(heard.unwrap_or_default())
+    }
+
+    pub fn status(&self) -> Status {
+        let raft = &self.raft.raft;
+        let mut alarms = self.own_alarms();
+        alarms.extend(self.peer_alarms());
         Status {
             member: self.config.member,
             name: self.config.name.clone(),
@@ -1102,6 +1373,12 @@ impl<D: Disk> Member<D> {
             first_index: self.raft.store().first_index(),
             last_index: self.raft.store().last_index(),
             voters: self.raft.store().conf_state.voters.iter().map(|id| MemberId(*id)).collect(),
+            learners: self.raft.store().conf_state.learners.iter().map(|id| MemberId(*id)).collect(),
+            members: self.peer_statuses(),
+            in_touch: self.alone() || self.in_touch(),
+            handing_over: self.is_handing_over(),
+            fetching: self.fetching(),
+            disk_free: self.room.free(),
             log_file_bytes: self.log.file_bytes(),
             log_segments: self.log.segments(),
             log_bytes_written: self.log.bytes_written,
@@ -1120,9 +1397,14 @@ impl<D: Disk> Member<D> {
 
     /// Takes nothing new any more, finishes what it can in a last poll, and marks the log as synced, so that the next start has
     /// nothing to doubt.
-    pub fn stop(&mut self, now: Millis, out: &mut Effects) -> Result<(), Fault> {
+    pub fn stop(
+        &mut self,
+        now: Millis,
+        out: &mut Effects,
+        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
+    ) -> Result<(), Fault> {
         self.stopping = true;
-        self.poll(now, out)?;
+        self.poll(now, out, send)?;
         if self.log.wants_mark() {
             self.log.synced_mark();
             self.flush()?;
@@ -1133,6 +1415,11 @@ impl<D: Disk> Member<D> {
     fn alone(&self) -> bool {
         let conf = &self.raft.store().conf_state;
         conf.voters == [self.config.member.0] && conf.learners.is_empty() && conf.voters_outgoing.is_empty()
+    }
+
+    /// A snapshot that is being fetched: how much of it is here, and its length.
+    fn fetching(&self) -> Option<(u64, u64)> {
+        self.incoming.as_ref().map(Incoming::progress)
     }
 
     fn ticket(&self, number: u64) -> Ticket {
@@ -1153,6 +1440,7 @@ struct Opened {
     recovered: Recovered,
     machine: Machine,
     snapshots: Snapshots,
+    newest: Option<Offer>,
 }
 
 fn open_folder<D: Disk>(
@@ -1166,12 +1454,16 @@ fn open_folder<D: Disk>(
     let identity = Identity::check(&bytes, &config.cluster_token, config.member.0, &config.name)?;
     let mut indexes: Vec<u64> = names.iter().filter_map(|n| snapshot::index_of(n)).collect();
     indexes.sort_unstable();
-    let (mut snapshots, mut machine) = (Snapshots::default(), None);
+    let (mut snapshots, mut machine, mut newest) = (Snapshots::default(), None, None);
     for &index in indexes.iter().rev() {
         let name = snapshot::file(index);
+        let bytes = disk.len(&name).map_err(|error| io("measure", &name, error))?;
         if machine.is_none() {
             match snapshot::load(disk, &name) {
-                Ok((_, loaded)) => machine = Some(loaded),
+                Ok((meta, loaded)) => {
+                    machine = Some(loaded);
+                    newest = Some(Offer { meta, bytes });
+                }
                 Err(error) => {
                     alarms.push(damaged_snapshot(&name, error)?);
                     snapshots.damaged.push(name);
@@ -1179,21 +1471,44 @@ fn open_folder<D: Disk>(
                 }
             }
         }
-        let bytes = disk.len(&name).map_err(|error| io("measure", &name, error))?;
         snapshots.files.insert(0, (index, bytes));
     }
+    let mut taken = load_taken(disk, names)?;
     let no_snapshot = machine.is_none();
-    let machine = machine.unwrap_or_default();
-    let covered = machine.position().index.0;
-    let opened = Log::open(disk, &identity, sizes, covered);
+    let mut machine = machine.unwrap_or_default();
+    let mut covered = machine.position().index.0;
+    let may_cover = taken.as_ref().map_or(covered, |(offer, _)| offer.meta.index.max(covered));
+    let opened = Log::open(disk, &identity, sizes, may_cover);
     let (log, recovered) = opened.map_err(|error| if no_snapshot { for_want_of(alarms, error) } else { error })?;
-    if recovered.last().0 < covered {
-        let why = format!("the log ends at entry {}, before the snapshot at {covered}", recovered.last().0);
+    // A crash came after the log went over to the snapshot that was taken: its file counts. Before that it does not.
+    if let Some((offer, loaded)) = taken.take_if(|(offer, _)| recovered.before.0 == offer.meta.index) {
+        covered = offer.meta.index;
+        disk.rename(&snapshots::taken_file(covered), &snapshot::file(covered))
+            .and_then(|()| disk.sync_folder())
+            .map_err(|error| io("rename", &snapshots::taken_file(covered), error))?;
+        snapshots.files.retain(|(index, _)| *index < covered);
+        snapshots.files.push((covered, offer.bytes));
+        machine = loaded;
+        newest = Some(offer);
+    }
+    if recovered.before.0 > covered || recovered.last().0 < covered {
+        let why = format!("the log is of entries {} to {}, the snapshot of {covered}", recovered.before.0 + 1, recovered.last().0);
         return Err(OpenError::Damaged { file: snapshot::file(covered), offset: 0, why });
     }
     alarms.extend(recovered.torn.clone().map(|(file, offset)| Alarm::TornTail { file, offset }));
     remove_temporary(disk, names)?;
-    Ok(Opened { identity, log, recovered, machine, snapshots })
+    Ok(Opened { identity, log, recovered, machine, snapshots, newest })
+}
+
+/// The snapshot of another member that was fetched whole, if a start finds one. A damaged one is fetched again.
+fn load_taken<D: Disk>(disk: &mut D, names: &[String]) -> Result<Option<(Offer, Machine)>, OpenError> {
+    let Some(name) = names.iter().find(|n| snapshots::taken_index(n).is_some()) else { return Ok(None) };
+    let bytes = disk.len(name).map_err(|error| io("measure", name, error))?;
+    match snapshot::load(disk, name) {
+        Ok((meta, machine)) => Ok(Some((Offer { meta, bytes }, machine))),
+        Err(LoadError::Io(error)) => Err(io("read", name, error)),
+        Err(LoadError::Format(_) | LoadError::Damaged { .. }) => Ok(None),
+    }
 }
 
 /// A log that does not reach back to the beginning is not what is wrong where a snapshot is damaged: the newest such is named.
@@ -1236,7 +1551,7 @@ fn make_folder<D: Disk>(disk: &mut D, config: &Config, sizes: Sizes, names: &[St
     let log = Log::create(disk, &identity, sizes, conf.clone())?;
     identity.store(disk)?;
     let recovered = Recovered { conf: (0, conf), ..Recovered::default() };
-    Ok(Opened { identity, log, recovered, machine: Machine::new(), snapshots: Snapshots::default() })
+    Ok(Opened { identity, log, recovered, machine: Machine::new(), snapshots: Snapshots::default(), newest: None })
 }
 
 /// Without an identity only what an interrupted first start left may be there, and nothing is ever deleted that held an entry.
@@ -1255,7 +1570,8 @@ fn check_leftover<D: Disk>(disk: &mut D, name: &str) -> Result<(), OpenError> {
 }
 
 fn is_temporary(name: &str) -> bool {
-    [identity::TEMPORARY, snapshot::TEMPORARY, crate::job::PREPARE_TEMPORARY].contains(&name)
+    [identity::TEMPORARY, snapshot::TEMPORARY, snapshots::INCOMING, crate::job::PREPARE_TEMPORARY].contains(&name)
+        || snapshots::taken_index(name).is_some()
 }
 
 fn remove_temporary<D: Disk>(disk: &mut D, names: &[String]) -> Result<(), OpenError> {
@@ -1300,7 +1616,8 @@ fn consensus(config: &Config, store: Store, applied: u64) -> Result<RawNode<Stor
         max_size_per_msg: MESSAGE_BYTES,
         check_quorum: true,
         pre_vote: true,
-        max_uncommitted_size: if config.voters().len() == 1 { raft::NO_LIMIT } else { 64 << 20 },
+        // Above what may wait in the queue, so that a lone member never drops what it took.
+        max_uncommitted_size: 2 * config.max_queued_bytes as u64,
         max_committed_size_per_ready: 16 << 20,
         ..raft::Config::default()
     };
@@ -1313,14 +1630,6 @@ fn consensus(config: &Config, store: Store, applied: u64) -> Result<RawNode<Stor
 
 fn consensus_fault(error: raft::Error) -> Fault {
     Fault::Consensus { why: error.to_string() }
-}
-
-fn send(messages: Vec<Message>, out: &mut Effects) -> Result<(), Fault> {
-    for message in messages {
-        let bytes = message.write_to_bytes().map_err(|e| Fault::Consensus { why: e.to_string() })?;
-        out.messages.push((MemberId(message.to), bytes));
-    }
-    Ok(())
 }
 
 /// About how many bytes of an entry a transaction takes.

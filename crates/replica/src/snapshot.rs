@@ -124,6 +124,16 @@ pub(crate) enum LoadError {
     Damaged { offset: u64, why: String },
 }
 
+impl std::fmt::Display for LoadError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Io(error) => write!(f, "{error}"),
+            Self::Format(format) => write!(f, "format {format} of a snapshot is not known here"),
+            Self::Damaged { offset, why } => write!(f, "damaged at byte {offset}: {why}"),
+        }
+    }
+}
+
 pub(crate) fn load(disk: &mut dyn Disk, name: &str) -> Result<(Meta, Machine), LoadError> {
     let mut loader = Loader::new();
     let meta = read(disk, name, |offset, block| {

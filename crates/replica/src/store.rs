@@ -4,10 +4,11 @@
 //! entry, as runs. Relies on. The driver writes entries and hard state to `log.rs` in the same step in which it puts them here, and
 //! reads older entries back from there when the library was told to wait for them.
 
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use crate::snapshot::Meta;
+use raft::eraftpb::{ConfState, Entry, HardState, Snapshot, SnapshotMetadata};
 use raft::util::limit_size;
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 
 pub(crate) struct Store {
@@ -25,6 +26,19 @@ pub(crate) struct Store {
     fetched: Vec<Entry>,
     /// What the library waits for.
     wanted: RefCell<Vec<Wanted>>,
+    /// The members are not those of the first start any more.
+    pub(crate) members_changed: bool,
+    /// The newest snapshot: what a member that lags too far is given.
+    pub(crate) newest: Option<Offer>,
+    /// The library would send a snapshot that is not there yet: of an entry at or behind this one, with this member in it.
+    wants_snapshot: Cell<bool>,
+}
+
+/// A snapshot file that others may have.
+#[derive(Clone, Debug)]
+pub(crate) struct Offer {
+    pub(crate) meta: Meta,
+    pub(crate) bytes: u64,
 }
 
 pub(crate) struct Wanted {
@@ -45,6 +59,9 @@ impl Store {
             cached_bytes: 0,
             fetched: Vec::new(),
             wanted: RefCell::default(),
+            members_changed: false,
+            newest: None,
+            wants_snapshot: Cell::new(false),
         };
         store.append(entries);
         store
@@ -101,8 +118,29 @@ impl Store {
         self.before = (index, term);
     }
 
+    /// A snapshot stands for everything up to its entry, and nothing follows it.
+    pub(crate) fn reset(&mut self, index: u64, term: u64, conf: ConfState) {
+        self.before = (index, term);
+        self.last = index;
+        self.terms.clear();
+        self.cached.clear();
+        self.cached_bytes = 0;
+        self.fetched.clear();
+        self.wanted.borrow_mut().clear();
+        self.conf_state = conf;
+    }
+
+    /// Whether a snapshot has been asked for since the last time.
+    pub(crate) fn take_wants_snapshot(&self) -> bool {
+        self.wants_snapshot.take()
+    }
+
     pub(crate) fn last_index(&self) -> u64 {
         self.last
+    }
+
+    pub(crate) fn last(&self) -> (u64, u64) {
+        (self.last, self.term_of(self.last).unwrap_or_default())
     }
 
     pub(crate) fn first_index(&self) -> u64 {
@@ -158,7 +196,10 @@ impl Storage for Store {
         max: impl Into<Option<u64>>,
         context: GetEntriesContext,
     ) -> raft::Result<Vec<Entry>> {
-        if low < self.first_index() {
+        // An empty log belongs to a member that joined: the configuration before the first entry is not the one that it has, so it
+        // must begin with a snapshot. Of a static start everybody has it.
+        let joined_later = low == 1 && context.can_async() && self.members_changed;
+        if low < self.first_index() || joined_later {
             return Err(StorageError::Compacted.into());
         }
         assert!(high <= self.last + 1, "entries beyond the end of the log are asked for");
@@ -188,9 +229,23 @@ impl Storage for Store {
         Ok(self.last)
     }
 
-    /// Sending snapshots to other members is not part of this release; a lagging one waits.
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        Err(StorageError::SnapshotTemporarilyUnavailable.into())
+    /// Only what the receiver needs to fetch the file: its length. A snapshot from before `to` was a member would not be taken.
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let fits = |offer: &&Offer| {
+            let conf = &offer.meta.conf.1;
+            let knows = conf.voters.iter().chain(&conf.learners).chain(&conf.voters_outgoing).any(|id| *id == to);
+            knows && offer.meta.index >= request_index && offer.meta.index >= self.before.0
+        };
+        let Some(offer) = self.newest.as_ref().filter(fits) else {
+            self.wants_snapshot.set(true);
+            return Err(StorageError::SnapshotTemporarilyUnavailable.into());
+        };
+        let metadata = SnapshotMetadata {
+            conf_state: offer.meta.conf.1.clone(),
+            index: offer.meta.index,
+            term: offer.meta.term,
+        };
+        Ok(Snapshot { data: offer.bytes.to_le_bytes().to_vec().into(), metadata })
     }
 }
 

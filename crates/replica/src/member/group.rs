@@ -1,0 +1,600 @@
+//! The other members: who is connected, who may be, who should be one, and who leads next.
+//!
+//! Promises. Z1: nobody counts the word of a folder that is not the one that was registered: wiped, swapped, put back, or shorter than what
+//! it acknowledged. Z2: the configuration follows the table of members one change at a time; a learner votes only when it has caught up;
+//! one that replaces another comes and the other goes in the same change. Z3: a closed connection to the leader starts a vote at once, which
+//! comes to nothing while a majority hears of it. Z4: a leader that is asked to go hands over to the member that is furthest.
+//! Not promised. That a member of a static start that was wiped before any other had heard of it is noticed.
+
+use super::*;
+use crate::effects::PeerStatus;
+use crate::peer::{Hello, PeerFacts, PeerMessage, PeerRefusal};
+use sha2::Digest as _;
+use tenure_machine::{MemberRecord, MemberRole};
+
+/// Candidates follow each other at this distance when a leader's connection closes, so that they do not split the vote.
+const STEP_MS: u64 = 25;
+/// A member registers again, and a leader looks at the table again, after this long.
+const REGISTER_MS: u64 = 1_000;
+const RECONCILE_MS: u64 = 200;
+const FACTS_MS: u64 = 1_000;
+/// A learner that lacks no more entries than this has caught up.
+const CLOSE_ENTRIES: u64 = 256;
+/// Clocks of members may differ by this much before somebody should know.
+const SKEW_MS: u64 = 10_000;
+/// A leader whose disk is full looks for another leader this often.
+const TROUBLE_MS: u64 = 10_000;
+
+/// A peer that is connected, in one life of it.
+pub(super) struct Link {
+    pub(super) boot: u64,
+    storage: [u8; 16],
+    heard_at: u64,
+    facts: Option<PeerFacts>,
+    skew_ms: i64,
+}
+
+/// What came up with a peer that is worth an operator's word.
+#[derive(Default)]
+pub(super) struct Complaints(BTreeMap<MemberId, String>);
+
+impl<D: Disk> Member<D> {
+    // Connections.
+
+    /// What this member says first on each connection.
+    pub fn hello(&self, wall_ms: u64) -> Hello {
+        let (last_index, last_term) = self.raft.store().last();
+        Hello {
+            cluster_token: self.config.cluster_token.clone(),
+            cluster: self.machine.cluster(),
+            member: self.config.member,
+            name: self.config.name.clone(),
+            boot: self.config.boot,
+            storage: self.identity.storage,
+            boots: self.log.life(),
+            last_term,
+            last_index,
+            behaviour: self.config.behaviour,
+            release: self.config.release.clone(),
+            wall_ms,
+            join: self.config.join.as_ref().map_or([0; 16], |j| j.secret),
+        }
+    }
+
+    /// Judges the hello of a connection, whoever made it. From then on that life of the peer is connected.
+    pub fn greet(&mut self, hello: &Hello, wall_ms: u64) -> Result<(), PeerRefusal> {
+        if let Err(refusal) = self.judge(hello) {
+            self.complaints.0.insert(hello.member, format!("refused here: {}", refusal.why));
+            return Err(refusal);
+        }
+        self.complaints.0.remove(&hello.member);
+        let skew_ms = i64::try_from(hello.wall_ms).unwrap_or(i64::MAX).saturating_sub_unsigned(wall_ms);
+        let link = Link {
+            boot: hello.boot,
+            storage: hello.storage,
+            heard_at: self.clock.elapsed(),
+            facts: None,
+            skew_ms,
+        };
+        match self.links.get_mut(&hello.member) {
+            Some(known) if known.boot == hello.boot => known.skew_ms = skew_ms,
+            _ => {
+                self.links.insert(hello.member, link);
+            }
+        }
+        if self.campaign_at.is_some() && hello.member.0 == self.raft.raft.leader_id {
+            self.campaign_at = None;
+        }
+        Ok(())
+    }
+
+    fn judge(&self, hello: &Hello) -> Result<(), PeerRefusal> {
+        let refuse = |fatal: bool, why: String| Err(PeerRefusal { fatal, why });
+        let name = &hello.name;
+        if hello.cluster_token != self.config.cluster_token {
+            return refuse(
+                false,
+                format!(
+                    "member `{name}` was started for the cluster `{}`, this one is of `{}`: check --cluster-token and the addresses",
+                    hello.cluster_token, self.config.cluster_token
+                ),
+            );
+        }
+        if hello.member == self.config.member {
+            return refuse(false, format!("`{name}` has this member's own name and id: give each member its own --name"));
+        }
+        let own = self.machine.cluster();
+        if own != 0 && hello.cluster != 0 && own != hello.cluster {
+            return refuse(
+                false,
+                format!(
+                    "member `{name}` holds the data of cluster {:016x}, this one of {own:016x}: they were started apart; empty the folder of the one that is to join, and add it with `tenure member add`",
+                    hello.cluster
+                ),
+            );
+        }
+        let Some(record) = self.machine.member(hello.member) else {
+            let expected = own == 0
+                || self.raft.store().conf_state.voters.contains(&hello.member.0)
+                || self.config.peers.iter().any(|(id, ..)| *id == hello.member);
+            if expected {
+                return Ok(());
+            }
+            return refuse(false, format!("`{name}` is no member of this cluster: add it with `tenure member add`"));
+        };
+        self.judge_record(hello, record)
+    }
+
+    fn judge_record(&self, hello: &Hello, record: &MemberRecord) -> Result<(), PeerRefusal> {
+        let name = &record.name;
+        let fatal = |why: String| Err(PeerRefusal { fatal: true, why });
+        if !record.is_live() {
+            return fatal(format!(
+                "member `{name}` was removed from the cluster; to come back it needs an empty folder and `tenure member add`"
+            ));
+        }
+        if *hello.name != **name {
+            return Err(PeerRefusal {
+                fatal: false,
+                why: format!("member {} is called `{name}`, not `{}`: check --name", record.id, hello.name),
+            });
+        }
+        if self.config.sabotage == Some(Sabotage::ForgetStorage) {
+            return Ok(());
+        }
+        if record.has_come() && record.storage != hello.storage {
+            return fatal(format!(
+                "member `{name}` comes with another data folder than the one it was registered with: the folder was wiped or swapped, and the votes and entries it had given its word for are not in it; put the old folder back, or use `tenure member replace {name}`"
+            ));
+        }
+        if !record.has_come() && record.join != [0; 32] && record.join != digest(&hello.join) {
+            return fatal(format!("the join token of member `{name}` is not the one that was given out: use the newest"));
+        }
+        if hello.boots < record.boots || hello.last_index < self.known_end(record) {
+            return fatal(format!(
+                "the data folder of member `{name}` is older than what the member has acknowledged: a copy was put back; put the newest folder in its place, or use `tenure member replace {name}`"
+            ));
+        }
+        Ok(())
+    }
+
+    /// How far the log of a member is known to have reached, of entries that are committed.
+    fn known_end(&self, record: &MemberRecord) -> u64 {
+        let acknowledged = match self.lead {
+            Some(_) => self.raft.raft.prs().get(record.id.0).map_or(0, |p| p.matched),
+            None => 0,
+        };
+        record.seen.0.max(acknowledged.min(self.raft.raft.raft_log.committed))
+    }
+
+    /// Every connection for messages with that life of a peer is closed.
+    pub fn hung_up(&mut self, peer: MemberId, boot: u64) {
+        if self.links.get(&peer).is_none_or(|link| link.boot != boot) {
+            return;
+        }
+        self.links.remove(&peer);
+        if self.lead.is_some() {
+            let matched = self.raft.raft.prs().get(peer.0).map_or(0, |p| p.matched);
+            let index = Index(matched.min(self.raft.raft.raft_log.committed));
+            let known = self.machine.member(peer).is_some_and(|r| r.is_live() && r.seen < index);
+            self.raft.report_unreachable(peer.0);
+            self.fetch_failed(peer);
+            // So that a folder which comes back shorter is known for what it is, by whoever leads then.
+            if known && !self.stopping {
+                self.enqueue_lead(Op::MemberSeen { id: peer, index });
+            }
+        } else if peer.0 == self.raft.raft.leader_id {
+            self.leader_hung_up(peer);
+        }
+    }
+
+    /// Its process is gone, or the way to it. Others may vote at once, and this member asks them, the first in the order of ids first.
+    fn leader_hung_up(&mut self, leader: MemberId) {
+        let conf = &self.raft.store().conf_state;
+        if self.stopping || !conf.voters.contains(&self.config.member.0) {
+            return;
+        }
+        let rank = conf.voters.iter().filter(|id| **id != leader.0 && **id < self.config.member.0).count();
+        self.raft.raft.election_elapsed = self.config.election_ticks;
+        self.campaign_at = Some(self.clock.elapsed() + STEP_MS * rank as u64);
+    }
+
+    pub(super) fn campaign_early(&mut self) -> Result<(), Fault> {
+        let Some(at) = self.campaign_at.filter(|at| *at <= self.clock.elapsed()) else { return Ok(()) };
+        self.campaign_at = None;
+        let gone = !self.links.contains_key(&MemberId(self.raft.raft.leader_id));
+        if gone && self.raft.raft.state == StateRole::Follower && at > 0 {
+            self.raft.campaign().map_err(consensus_fault)?;
+            self.set_jitter();
+        }
+        Ok(())
+    }
+
+    /// A peer refused this member's hello.
+    pub fn turned_away(&mut self, by: MemberId, refusal: &PeerRefusal) {
+        self.complaints.0.insert(by, format!("refuses this member: {}", refusal.why));
+        if refusal.fatal {
+            self.expelled = Some(refusal.why.clone());
+        }
+    }
+
+    // Who should be a member.
+
+    /// Whom to connect to: id, name and address.
+    pub fn peers(&self) -> Vec<(MemberId, String, String)> {
+        let mut peers: BTreeMap<MemberId, (String, String)> = BTreeMap::new();
+        let joined = self.config.join.iter().flat_map(|j| &j.peers);
+        for (id, name, address) in self.config.peers.iter().chain(joined) {
+            peers.insert(*id, (name.clone(), address.clone()));
+        }
+        for record in self.machine.members() {
+            if !record.is_live() {
+                peers.remove(&record.id);
+            } else if !record.peer.is_empty() {
+                peers.insert(record.id, (record.name.to_string(), record.peer.to_string()));
+            }
+        }
+        peers.remove(&self.config.member);
+        peers.into_iter().map(|(id, (name, address))| (id, name, address)).collect()
+    }
+
+    /// Another number when `peers` may give something else.
+    pub fn peers_version(&self) -> u64 {
+        self.machine.members_version()
+    }
+
+    fn own_address(&self) -> &str {
+        let own = self.config.peers.iter().find(|(id, ..)| *id == self.config.member);
+        own.map_or("", |(.., address)| address)
+    }
+
+    /// Tells the cluster about this start, until the table has it.
+    pub(super) fn register(&mut self) {
+        let now = self.clock.elapsed();
+        if now < self.register_at || self.stopping || (self.lead.is_none() && self.raft.raft.leader_id == raft::INVALID_ID) {
+            return;
+        }
+        if self.lead.as_ref().is_some_and(|l| !l.serving) {
+            return;
+        }
+        let Some(record) = self.machine.member(self.config.member).filter(|r| r.is_live()) else { return };
+        let boots = self.log.life();
+        let same = record.storage == self.identity.storage
+            && record.boots == boots
+            && (self.own_address().is_empty() || *record.peer == *self.own_address())
+            && record.clients.iter().map(|c| &**c).eq(self.config.clients.iter().map(String::as_str))
+            && record.behaviour == self.config.behaviour
+            && *record.release == *self.config.release;
+        if same {
+            self.register_at = now + REGISTER_MS;
+            return;
+        }
+        self.register_at = now + REGISTER_MS;
+        let op = Op::MemberRegister {
+            id: self.config.member,
+            storage: self.identity.storage,
+            boots,
+            peer: self.own_address().into(),
+            clients: self.config.clients.iter().map(|c| c.as_str().into()).collect(),
+            behaviour: self.config.behaviour,
+            release: self.config.release.as_str().into(),
+        };
+        let number = self.enqueue(Txn::of(op), 256, Wants::Own);
+        self.registering = Some(number);
+    }
+
+    pub(super) fn registered(&mut self, number: u64, result: &Result<tenure_machine::TxnReply, Rejection>) {
+        if self.registering != Some(number) {
+            return;
+        }
+        self.registering = None;
+        if let Err(
+            rejection @ (Rejection::OtherStorage { .. } | Rejection::RolledBack { .. } | Rejection::MemberRemoved { .. }),
+        ) = result
+        {
+            self.expelled = Some(rejection.to_string());
+        }
+    }
+
+    /// Brings the configuration in line with the table of members, one change at a time.
+    pub(super) fn reconcile(&mut self) -> Result<(), Fault> {
+        let now = self.clock.elapsed();
+        let Some(lead) = self.lead.as_ref().filter(|l| l.serving) else { return Ok(()) };
+        if now < self.reconcile_at || self.stopping || self.machine.cluster() == 0 {
+            return Ok(());
+        }
+        self.reconcile_at = now + RECONCILE_MS;
+        let term = lead.term;
+        self.list_voters();
+        self.raise_behaviour();
+        let applied = self.machine.position().index.0;
+        if self.raft.raft.pending_conf_index > applied || self.raft.raft.lead_transferee.is_some() {
+            return Ok(());
+        }
+        if let Some(change) = self.next_change()? {
+            match self.raft.propose_conf_change(Vec::new(), change) {
+                Ok(()) | Err(raft::Error::ProposalDropped) => {}
+                Err(error) => return Err(consensus_fault(error)),
+            }
+            debug_assert_eq!(term, self.raft.raft.term);
+        }
+        Ok(())
+    }
+
+    /// Members of a static start come into the table by the first leader's word.
+    fn list_voters(&mut self) {
+        let missing: Vec<_> = self
+            .raft
+            .store()
+            .conf_state
+            .voters
+            .iter()
+            .map(|id| MemberId(*id))
+            .filter(|id| self.machine.member(*id).is_none())
+            .filter_map(|id| self.config.peers.iter().find(|(peer, ..)| *peer == id).cloned())
+            .collect();
+        if !missing.is_empty() && now_or_later(&mut self.list_at, self.clock.elapsed(), REGISTER_MS) {
+            for (id, name, address) in missing {
+                self.enqueue_lead(Op::MemberAdd {
+                    id,
+                    name: name.into(),
+                    peer: address.into(),
+                    role: MemberRole::Voter,
+                    replaces: None,
+                    join: [0; 32],
+                });
+            }
+        }
+    }
+
+    /// Every member has said what it can: the oldest decides.
+    fn raise_behaviour(&mut self) {
+        let conf = &self.raft.store().conf_state;
+        let able = conf.voters.iter().chain(&conf.learners).chain(&conf.voters_outgoing).map(|id| {
+            self.machine.member(MemberId(*id)).filter(|r| r.has_come()).map_or(0, |r| r.behaviour)
+        });
+        let to = able.min().unwrap_or_default().min(self.config.behaviour);
+        if to > self.machine.behaviour() && now_or_later(&mut self.raise_at, self.clock.elapsed(), REGISTER_MS) {
+            self.enqueue_lead(Op::RaiseBehaviour { to });
+        }
+    }
+
+    fn next_change(&mut self) -> Result<Option<ConfChangeV2>, Fault> {
+        let conf = self.raft.store().conf_state.clone();
+        if !conf.voters_outgoing.is_empty() {
+            // A leader that was lost in the middle leaves the end to its successor.
+            return Ok(Some(ConfChangeV2::default()));
+        }
+        let change = |kind: ConfChangeType, id: MemberId| {
+            let mut single = ConfChangeSingle::default();
+            single.set_change_type(kind);
+            single.node_id = id.0;
+            single
+        };
+        let mut changes = Vec::new();
+        let mut gone = None;
+        for record in self.machine.members() {
+            let (id, is_voter, is_learner) =
+                (record.id, conf.voters.contains(&record.id.0), conf.learners.contains(&record.id.0));
+            match record.role {
+                MemberRole::Removed if is_voter || is_learner => {
+                    if id == self.config.member {
+                        gone = Some(id);
+                        continue;
+                    }
+                    changes.push(change(ConfChangeType::RemoveNode, id));
+                }
+                MemberRole::Learner | MemberRole::Voter if !is_voter && !is_learner => {
+                    changes.push(change(ConfChangeType::AddLearnerNode, id));
+                }
+                MemberRole::Voter if is_learner && self.has_caught_up(id) => {
+                    changes.push(change(ConfChangeType::AddNode, id));
+                    if let Some(old) = record.replaces.filter(|old| conf.voters.contains(&old.0))
+                        && old != self.config.member
+                    {
+                        changes.push(change(ConfChangeType::RemoveNode, old));
+                    }
+                }
+                _ => continue,
+            }
+            if !changes.is_empty() {
+                break;
+            }
+        }
+        // Members that are replaced and gone are so in the table too.
+        let replaced = self.machine.members().find_map(|r| {
+            let old = r.replaces.filter(|_| conf.voters.contains(&r.id.0))?;
+            let stays = self.machine.member(old).is_some_and(|o| o.is_live());
+            stays.then_some(old)
+        });
+        if let Some(old) = replaced {
+            self.enqueue_lead(Op::MemberRemove { id: old });
+        }
+        if changes.is_empty() && gone.is_some() {
+            // Another leads before this one goes.
+            let _ = self.hand_over(None);
+        }
+        if changes.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(ConfChangeV2 { changes, ..ConfChangeV2::default() }))
+    }
+
+    fn has_caught_up(&self, id: MemberId) -> bool {
+        let committed = self.raft.raft.raft_log.committed;
+        let registered = self.machine.member(id).is_some_and(MemberRecord::has_come);
+        registered
+            && self.links.contains_key(&id)
+            && self.raft.raft.prs().get(id.0).is_some_and(|p| {
+                p.state == raft::ProgressState::Replicate && p.matched + CLOSE_ENTRIES >= committed && p.matched > 0
+            })
+    }
+
+    // Leadership.
+
+    /// Whether an acknowledgement may count: of a folder that is registered, or while too few are for that to be asked.
+    pub(super) fn may_count(&self, from: MemberId) -> bool {
+        let Some(link) = self.links.get(&from) else { return false };
+        if self.config.sabotage == Some(Sabotage::ForgetStorage) {
+            return true;
+        }
+        let registered = |id: MemberId| match self.unapplied_storage.get(&id) {
+            Some(storage) => Some(*storage),
+            None => self.machine.member(id).filter(|r| r.has_come()).map(|r| r.storage),
+        };
+        match registered(from) {
+            Some(storage) => storage == link.storage,
+            None => {
+                let voters = &self.raft.store().conf_state.voters;
+                let others = voters.iter().filter(|id| registered(MemberId(**id)).is_some()).count();
+                !voters.contains(&from.0) || others <= voters.len() / 2
+            }
+        }
+    }
+
+    /// Hands leadership to a member, or to the one that is furthest.
+    pub fn hand_over(&mut self, to: Option<MemberId>) -> Result<MemberId, Refusal> {
+        if self.lead.is_none() {
+            return Err(self.no_leader());
+        }
+        let voters = &self.raft.store().conf_state.voters;
+        let live = |id: &u64| self.machine.member(MemberId(*id)).is_none_or(MemberRecord::is_live);
+        let best = voters
+            .iter()
+            .filter(|id| **id != self.config.member.0 && to.is_none_or(|to| to.0 == **id) && live(id))
+            .filter(|id| self.links.contains_key(&MemberId(**id)))
+            .filter_map(|id| self.raft.raft.prs().get(*id).map(|p| (p.matched, *id)))
+            .max();
+        let Some((_, id)) = best else { return Err(Refusal::NoQuorum) };
+        self.raft.transfer_leader(id);
+        self.set_jitter();
+        Ok(MemberId(id))
+    }
+
+    pub fn is_handing_over(&self) -> bool {
+        self.lead.is_some() && self.raft.raft.lead_transferee.is_some()
+    }
+
+    /// A leader that can take nothing that grows gives way to one that can.
+    pub(super) fn leave_full_disk(&mut self) {
+        if self.lead.is_none() || !self.disk_full() || self.alone() {
+            return;
+        }
+        let with_room = self.links.values().any(|l| l.facts.as_ref().is_some_and(|f| !f.disk_full));
+        if with_room && now_or_later(&mut self.trouble_at, self.clock.elapsed(), TROUBLE_MS) {
+            let roomy = self.links.iter().find(|(id, l)| {
+                l.facts.as_ref().is_some_and(|f| !f.disk_full) && self.raft.store().conf_state.voters.contains(&id.0)
+            });
+            if let Some(id) = roomy.map(|(id, _)| *id) {
+                let _ = self.hand_over(Some(id));
+            }
+        }
+    }
+
+    // Who was heard, and what they say.
+
+    pub(super) fn heard(&mut self, from: MemberId) {
+        let now = self.clock.elapsed();
+        if let Some(link) = self.links.get_mut(&from) {
+            link.heard_at = now;
+        }
+        if from.0 == self.raft.raft.leader_id {
+            self.leader_heard_at = now;
+        }
+    }
+
+    /// When the slowest of the fastest majority was heard of last; of both, while a joint configuration holds.
+    pub(super) fn majority_heard_at(&self) -> Option<u64> {
+        let conf = &self.raft.store().conf_state;
+        let of = |voters: &[u64]| {
+            let mut heard: Vec<u64> = voters
+                .iter()
+                .map(|id| match MemberId(*id) {
+                    own if own == self.config.member => self.clock.elapsed(),
+                    other => self.links.get(&other).map_or(0, |l| l.heard_at),
+                })
+                .collect();
+            heard.sort_unstable_by(|a, b| b.cmp(a));
+            heard.get(voters.len() / 2).copied()
+        };
+        let incoming = of(&conf.voters);
+        if conf.voters_outgoing.is_empty() { incoming } else { incoming.min(of(&conf.voters_outgoing)) }
+    }
+
+    pub(super) fn tell_facts(&mut self) {
+        if !now_or_later(&mut self.facts_at, self.clock.elapsed(), FACTS_MS) {
+            return;
+        }
+        let facts = PeerFacts {
+            applied: self.machine.position().index.0,
+            last_index: self.raft.store().last_index(),
+            disk_free: self.room.free(),
+            disk_full: self.disk_full(),
+            log_bytes: self.log.file_bytes(),
+            memory: self.machine.memory().used,
+            alarms: self.own_alarms().iter().map(|a| a.to_string().chars().take(200).collect()).take(8).collect(),
+        };
+        let peers: Vec<MemberId> = self.links.keys().copied().collect();
+        for peer in peers {
+            self.post(peer, Lane::Messages, &PeerMessage::Facts(facts.clone()));
+        }
+    }
+
+    pub(super) fn facts_told(&mut self, from: MemberId, facts: PeerFacts) {
+        if let Some(link) = self.links.get_mut(&from) {
+            link.facts = Some(facts);
+        }
+    }
+
+    pub(super) fn peer_alarms(&self) -> Vec<Alarm> {
+        let name = |id: &MemberId| {
+            let known = self.machine.member(*id).map(|r| r.name.to_string());
+            known.or_else(|| self.config.peers.iter().find(|(p, ..)| p == id).map(|p| p.1.clone())).unwrap_or_else(|| id.to_string())
+        };
+        let skewed = self.links.iter().filter(|(_, l)| l.skew_ms.unsigned_abs() > SKEW_MS);
+        let skewed = skewed.map(|(id, l)| Alarm::ClockSkew { member: name(id), ms: l.skew_ms });
+        let said = self.complaints.0.iter().map(|(id, why)| Alarm::Peer { member: name(id), why: why.clone() });
+        skewed.chain(said).collect()
+    }
+
+    /// Every member of the table, as this member sees it.
+    pub(super) fn peer_statuses(&self) -> Vec<PeerStatus> {
+        let now = self.clock.elapsed();
+        let conf = &self.raft.store().conf_state;
+        self.machine
+            .members()
+            .filter(|r| r.is_live() || conf.voters.contains(&r.id.0) || conf.learners.contains(&r.id.0))
+            .map(|r| {
+                let link = self.links.get(&r.id);
+                PeerStatus {
+                    record: r.clone(),
+                    is_voter: conf.voters.contains(&r.id.0),
+                    is_learner: conf.learners.contains(&r.id.0),
+                    is_connected: link.is_some() || r.id == self.config.member,
+                    heard_ms: link.map(|l| now.saturating_sub(l.heard_at)),
+                    matched: self.lead.as_ref().and_then(|_| self.raft.raft.prs().get(r.id.0)).map(|p| p.matched),
+                    facts: link.and_then(|l| l.facts.clone()),
+                    skew_ms: link.map_or(0, |l| l.skew_ms),
+                }
+            })
+            .collect()
+    }
+}
+
+/// Whether it is time for something that happens at most so often; if so the next time is set.
+fn now_or_later(at: &mut u64, now: u64, every: u64) -> bool {
+    let due = now >= *at;
+    if due {
+        *at = now + every;
+    }
+    due
+}
+
+fn digest(secret: &[u8; 16]) -> [u8; 32] {
+    sha2::Sha256::digest(secret).into()
+}
+
+/// What is kept of a join secret.
+pub fn join_digest(secret: &[u8; 16]) -> [u8; 32] {
+    digest(secret)
+}
