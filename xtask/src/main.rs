@@ -18,6 +18,8 @@ Usage: cargo xtask <chore>
   diff-etcd [ARGS]  the same seeded operations against the real etcd and against us
   clients           the unmodified Go client and etcdctl against us
   kill-loop [N]     N rounds of kill -9 under load by the real Go client
+  cluster [ARGS]    three members as real processes: cut, killed, stopped, on full and broken disks, judged by what clients saw;
+                    `-duration 30m`, `-seed N`, `-members 5`, `-faults disk,leader`, `-list`; needs root for namespaces and disks
   codegen [--check] generates crates/wire from proto/, or proves it fresh
   tidy              dead links, missing headers, words that do not belong in the project
   deny              licences, bans and sources of every dependency
@@ -49,6 +51,7 @@ fn one(tally: &mut Tally, chore: &str, rest: &[&str]) -> bool {
         "diff-etcd" => diff_etcd(tally, rest),
         "clients" => clients(tally),
         "kill-loop" => kill_loop(tally, rest.first().copied().unwrap_or("50")),
+        "cluster" => cluster(tally, "three members under every fault", rest),
         "codegen" => tally
             .step("codegen", |t| t.cargo(&[&["run", "--quiet", "--package", "tenure-codegen", "--"], rest].concat())),
         "tidy" => tally.step("tidy", |_| tidy::check(&root())),
@@ -78,6 +81,8 @@ fn test(tally: &mut Tally) {
     diff_etcd(tally, &[]);
     clients(tally);
     kill_loop(tally, "50");
+    cluster(tally, "the cluster suite notices what is wrong", &["-selfcheck"]);
+    cluster(tally, "three members under every fault, for three minutes", &["-duration", "3m"]);
 }
 
 fn quick(tally: &mut Tally) {
@@ -120,6 +125,21 @@ fn clients(tally: &mut Tally) {
 
 fn kill_loop(tally: &mut Tally, rounds: &str) {
     real_client(tally, "kill -9 in a loop under load", "killloop", &["-rounds", rounds, "-budget", "170s"]);
+}
+
+/// Runs members of ours as processes of their own; the suite makes their networks, disks and folders.
+fn cluster(tally: &mut Tally, name: &str, args: &[&str]) {
+    tally.quiet_step("build tenure", |t| t.cargo(&["build", "--quiet", "--package", "tenure"]));
+    let member = format!(
+        "{} serve --name {{name}} --data-dir {{dir}} --listen {{ip}}:{{port}} --peer-listen {{ip}}:{{peer}} --cluster {{cluster}} --insecure",
+        root().join("target/debug/tenure").display()
+    );
+    let program = root().join("target/etcd/cluster").display().to_string();
+    tally.step(name, |t| {
+        let t = t.in_folder("tests");
+        t.command("go", &["build", "-o", &program, "./cluster"])
+            .and(|| t.with("CLUSTER_CMD", &member).command(&program, args))
+    });
 }
 
 /// Runs one of the programs of tests/etcd with the real etcd as the reference and us as the subject.
