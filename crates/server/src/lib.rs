@@ -19,6 +19,9 @@ pub mod metrics;
 mod native;
 mod openapi;
 pub mod pages;
+// Nothing calls it yet.
+#[allow(dead_code, unused_imports, unreachable_pub)]
+mod peers;
 pub mod rpc;
 mod span_index;
 mod status;
