@@ -4,6 +4,7 @@
 //! when an answer did not come. Names are few, so that clients meet.
 
 use crate::oracle::ledger::{Intent, value};
+use crate::oracle::linear;
 use crate::random::Random;
 use tenure_machine::*;
 
@@ -243,4 +244,27 @@ pub fn number_request(client: &mut Client, random: &mut Random, what: &What) -> 
         }
         _ => Some(RequestId::Uuid(random.bytes())),
     }
+}
+
+pub fn registers_in(span: &Span) -> impl Iterator<Item = Key> {
+    (0..REGISTERS).map(register).filter(|k| span.contains(k.as_bytes()))
+}
+
+/// What a transaction does to the registers if it is done.
+pub fn writes(txn: &Txn) -> Vec<(Vec<u8>, linear::Value)> {
+    let mut all = Vec::new();
+    for op in &txn.then {
+        match op {
+            Op::Put(put) if is_register(put.key.as_bytes()) => {
+                all.push((put.key.as_bytes().to_vec(), writer_of(&put.value)));
+            }
+            Op::Delete(delete) => all.extend(registers_in(&delete.span).map(|k| (k.as_bytes().to_vec(), None))),
+            _ => {}
+        }
+    }
+    all
+}
+
+fn writer_of(value: &[u8]) -> Option<u64> {
+    value.get(..8).and_then(|b| b.try_into().ok()).map(u64::from_be_bytes)
 }

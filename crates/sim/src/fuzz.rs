@@ -8,7 +8,7 @@ use crate::oracle::state;
 use crate::random::Random;
 use crate::trace::Trace;
 use tenure_machine::*;
-use tenure_replica::{Config, Effects, Member, Millis, run_job};
+use tenure_replica::{Config, Effects, Hello, Lane, Member, Millis, run_job};
 
 const NS: NamespaceId = NamespaceId::DEFAULT;
 
@@ -106,15 +106,30 @@ fn messages(random: &mut Random) -> Result<u64, String> {
     let disk = SimDisk::new(random.fork());
     let mut member = open(disk, random).map_err(|e| e.to_string())?;
     let mut out = Effects::default();
+    for peer in 2..=3 {
+        let hello = Hello {
+            cluster_token: "tenure".to_owned(),
+            member: MemberId(peer),
+            name: format!("n{peer}"),
+            boot: peer,
+            storage: [peer as u8; 16],
+            ..Hello::default()
+        };
+        if let Some(hello) = Hello::decode(&mutate(&hello.encode(), random)) {
+            // Refused or not: what comes then must do no harm.
+            let _ = member.greet(&hello, 0);
+        }
+        member.greet(&hello, 0).map_err(|why| format!("a hello is refused: {why}"))?;
+    }
     for _ in 0..20 {
-        // Fields of the message: a tag, then a number or a length with bytes.
-        let mut bytes = Vec::new();
+        // What it is, and then fields: a tag, then a number or a length with bytes.
+        let mut bytes = vec![random.between(1, 12) as u8];
         for _ in 0..random.below(8) {
             bytes.push((random.between(1, 15) << 3 | random.below(6)) as u8);
             bytes.extend((0..random.below(6)).map(|_| random.u32() as u8));
         }
-        member.receive(MemberId(random.between(1, 3)), &mutate(&bytes, random));
-        member.poll(Millis(1), &mut out).map_err(|f| format!("a message of {bytes:?} stops the member: {f}"))?;
+        member.receive(MemberId(random.between(1, 4)), &mutate(&bytes, random));
+        member.poll(Millis(1), &mut out, &mut nobody).map_err(|f| format!("a message of {bytes:?} stops the member: {f}"))?;
     }
     Ok(20)
 }
@@ -131,7 +146,7 @@ fn folders(random: &mut Random, trace: &mut Trace) -> Result<u64, String> {
             let _ = member.submit(txn);
         }
         now += 100;
-        member.poll(Millis(now), &mut out).map_err(|f| f.to_string())?;
+        member.poll(Millis(now), &mut out, &mut nobody).map_err(|f| f.to_string())?;
         for job in out.jobs.drain(..) {
             member.job_done(run_job(&mut disk.clone(), job));
         }
@@ -151,7 +166,7 @@ fn folders(random: &mut Random, trace: &mut Trace) -> Result<u64, String> {
         match open(copy, random) {
             Ok(mut member) => {
                 let mut out = Effects::default();
-                let _ = member.poll(Millis(1), &mut out);
+                let _ = member.poll(Millis(1), &mut out, &mut nobody);
                 let _ = state::dump(member.machine());
             }
             Err(why) => trace.say(|| format!("{name}: {why}")),
@@ -159,6 +174,8 @@ fn folders(random: &mut Random, trace: &mut Trace) -> Result<u64, String> {
     }
     Ok(10)
 }
+
+fn nobody(_: MemberId, _: Lane, _: Vec<u8>) {}
 
 fn open(disk: SimDisk, random: &mut Random) -> Result<Member<SimDisk>, tenure_replica::OpenError> {
     let mut config = Config::alone(MemberId(1), "fuzzed", random.u64(), random.bytes());

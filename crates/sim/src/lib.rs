@@ -5,11 +5,13 @@
 //! Not promised. That what no oracle looks at is right; `tests` shows for each oracle a bug that it catches.
 //! Relies on. The member has no clock, no chance and no thread of its own (`tenure-replica`).
 //!
-//! Route: `world.rs` plays one member on `disk.rs` with the clients of `client.rs`, judged by `oracle/`; `lists.rs` plays
+//! Route: `world.rs` plays one member on `disk.rs` with the clients of `client.rs`, judged by `oracle/`; `cluster/` plays several with
+//! the network between them; `lists.rs` plays
 //! entries against `model.rs`; `fuzz.rs` mutates bytes; `main.rs` counts.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod client;
+pub mod cluster;
 pub mod disk;
 pub mod fuzz;
 pub mod lists;

@@ -28,6 +28,13 @@ impl Trace {
         }
     }
 
+    /// Facts of an event that is too frequent for a line of its own.
+    pub fn numbers(&mut self, numbers: &[u64]) {
+        for number in numbers {
+            self.hash = (self.hash ^ number).wrapping_mul(0x0100_0000_01b3).rotate_left(29);
+        }
+    }
+
     pub fn hash(&self) -> u64 {
         self.hash
     }

@@ -404,7 +404,7 @@ impl World {
         let told = member.status().alarms.iter().any(|a| matches!(a, Alarm::TornTail { .. }));
         let mut out = Effects::default();
         for _ in 0..20 {
-            if member.poll(Millis(0), &mut out).is_err() || member.status().applied > last {
+            if member.poll(Millis(0), &mut out, &mut |_, _, _| {}).is_err() || member.status().applied > last {
                 break;
             }
         }
@@ -422,7 +422,8 @@ impl World {
         let Some(job) = self.jobs.pop_front() else { return };
         self.report.snapshots += u64::from(matches!(job, Job::FinishSnapshot { .. }));
         let done = run_job(&mut self.disk.clone(), job);
-        self.trace.say(|| format!("{done:?}"));
+        let calls = self.disk.calls();
+        self.trace.say(|| format!("a job is done after {calls} calls to the disk"));
         self.done.push_back(done);
     }
 
@@ -435,7 +436,7 @@ impl World {
         self.leases.tick(self.now_ms.saturating_sub(self.last_poll_ms), ELECTION_MS);
         self.last_poll_ms = self.now_ms;
         let mut out = Effects::default();
-        if let Err(fault) = member.poll(at, &mut out) {
+        if let Err(fault) = member.poll(at, &mut out, &mut |_, _, _| {}) {
             self.trace.say(|| format!("the member stops: {fault}"));
             let from_disk = matches!(fault, tenure_replica::Fault::Disk { .. });
             if !from_disk {
@@ -643,7 +644,7 @@ impl World {
         call.unknown = false;
         let taken = match &call.what {
             What::Read => member.read(),
-            What::Renew { session } => Ok(member.renew(*session)),
+            What::Renew { session } => Ok(member.renew(*session, 0)),
             _ => member.submit(call.txn.clone()),
         };
         match &call.what {
@@ -786,7 +787,7 @@ impl World {
     }
 
     fn touch_unknown(&mut self, call: &Call) {
-        for (key, left) in writes(&call.txn) {
+        for (key, left) in client::writes(&call.txn) {
             let touch = Touch { call: call.number, began: call.began, ended: None, saw: None, left: Some(left) };
             self.touches.entry(key).or_default().push(touch);
         }
@@ -856,7 +857,7 @@ impl World {
                 }
                 (Op::Delete(delete), OpReply::Delete { prev, .. }) => {
                     let prev: BTreeMap<&[u8], Option<u64>> = prev.iter().map(|r| (r.key(), writer(r))).collect();
-                    for key in registers_in(&delete.span) {
+                    for key in client::registers_in(&delete.span) {
                         let saw = prev.get(key.as_bytes()).copied().flatten();
                         self.touch(call, key.as_bytes(), Some(saw), Some(None));
                     }
@@ -1009,27 +1010,4 @@ impl World {
         self.report.replayed = self.requests.replayed;
         self.report
     }
-}
-
-fn registers_in(span: &Span) -> impl Iterator<Item = Key> {
-    (0..client::REGISTERS).map(client::register).filter(|k| span.contains(k.as_bytes()))
-}
-
-/// What a transaction does to the registers if it is done.
-fn writes(txn: &Txn) -> Vec<(Vec<u8>, linear::Value)> {
-    let mut all = Vec::new();
-    for op in &txn.then {
-        match op {
-            Op::Put(put) if client::is_register(put.key.as_bytes()) => {
-                all.push((put.key.as_bytes().to_vec(), writer_of(&put.value)));
-            }
-            Op::Delete(delete) => all.extend(registers_in(&delete.span).map(|k| (k.as_bytes().to_vec(), None))),
-            _ => {}
-        }
-    }
-    all
-}
-
-fn writer_of(value: &[u8]) -> Option<u64> {
-    value.get(..8).and_then(|b| b.try_into().ok()).map(u64::from_be_bytes)
 }

@@ -79,6 +79,32 @@ impl Ledger {
         self.add_all(changes.iter().map(|c| (c.record.clone(), c.before.clone())).collect())
     }
 
+    /// Changes as any one member of a cluster gave them: what is new is noted, what is old must be what another gave.
+    pub fn observe(&mut self, changes: &[Change]) -> Result<(), String> {
+        let (old, new): (Vec<_>, Vec<_>) =
+            changes.iter().cloned().partition(|c| c.record.mod_revision().0 <= self.newest);
+        let mut told: BTreeMap<u64, Vec<Record>> = BTreeMap::new();
+        for change in old {
+            told.entry(change.record.mod_revision().0).or_default().push(change.record);
+        }
+        for (revision, records) in told {
+            let known = self.commits.get(&revision);
+            if known != Some(&records) {
+                return Err(format!("commit {revision} is {records:?} here and was {known:?} elsewhere"));
+            }
+        }
+        self.note(&new)
+    }
+
+    /// Whether this was the newest version of its key at `revision`.
+    pub fn stood(&self, record: &Record, revision: u64) -> bool {
+        let made = record.mod_revision().0;
+        let is = |r: &&Record| r.key() == record.key();
+        made <= revision
+            && self.commits.get(&made).is_some_and(|c| c.contains(record))
+            && !self.commits.range(made + 1..revision + 1).any(|(_, c)| c.iter().any(|r| is(&r)))
+    }
+
     /// What a member that has just recovered holds above `compacted`, and its revision.
     pub fn recovered(&mut self, records: Vec<Record>, compacted: u64, revision: u64) -> Result<(), String> {
         if revision < self.newest.max(self.acknowledged) {
