@@ -253,7 +253,7 @@ fn frames(shared: &Shared, taken: &mut Taken, link: Option<&Link>) -> Result<Vec
 /// The right to be the connection of a peer's lane; whoever takes it next ends this one.
 struct Place {
     shared: Arc<Shared>,
-    key: (MemberId, u8),
+    key: (MemberId, Lane),
     serial: u64,
     ended: oneshot::Receiver<()>,
 }
@@ -263,7 +263,7 @@ impl Place {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let (ends_with_this, ended) = oneshot::channel();
-        let key = (member, lane as u8);
+        let key = (member, lane);
         lock(&shared.accepted).insert(key, Accepted { serial, _ends_with_this: ends_with_this });
         Self { shared: shared.clone(), key, serial, ended }
     }

@@ -92,6 +92,10 @@ pub(super) async fn run(link: Arc<Link>) {
         if was_connected && begun.elapsed() >= GOOD_LIFE {
             backoff = limits.backoff_min;
         }
+        if matches!(end, End::Connect(_)) {
+            // Nobody said no, and the attempt itself took its time: after a cut the way back is found soon.
+            backoff = limits.backoff_min;
+        }
         log(&link, &end);
         tokio::select! {
             () = tokio::time::sleep(jittered(backoff)) => {}
@@ -124,11 +128,17 @@ fn log(link: &Link, end: &End) {
 
 async fn connection(link: &Link) -> End {
     let limits = &link.shared.limits;
-    // The name is looked up anew at each attempt.
-    let stream = match tokio::time::timeout(limits.connect, TcpStream::connect(&link.address)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return End::Io(error),
-        Err(_) => return End::Connect(limits.connect),
+    let stream = loop {
+        tokio::select! {
+            // The name is looked up anew at each attempt.
+            connected = tokio::time::timeout(limits.connect, TcpStream::connect(&link.address)) => match connected {
+                Ok(Ok(stream)) => break stream,
+                Ok(Err(error)) => return End::Io(error),
+                Err(_) => return End::Connect(limits.connect),
+            },
+            // The system would wait a second before it asks again.
+            () = link.is_up.notified() => {}
+        }
     };
     prepare(&stream, Some(link.lane), limits);
     let (mut stream, counted) = match tokio::time::timeout(limits.handshake, handshake(link, stream)).await {
@@ -157,13 +167,15 @@ async fn handshake(link: &Link, stream: TcpStream) -> Result<(BoxStream, Counted
     let own = shared.ask(|reply| PeerEvent::OwnHello { reply }).await?;
     let mut bytes = frame::preamble(link.lane).to_vec();
     frame::put(&mut bytes, frame::kind::HELLO, &own.encode());
-    stream.write_all(&bytes).await?;
-    stream.flush().await?;
+    // With TLS 1.3 the dialler learns here that its certificate was not taken.
+    let broken = |error| if shared.tls.is_some() { End::Tls(error) } else { closing(error) };
+    stream.write_all(&bytes).await.map_err(broken)?;
+    stream.flush().await.map_err(broken)?;
     let mut buffer = BytesMut::with_capacity(frame::HELLO_MAX);
     let answer = loop {
         match frame::take(&mut buffer, frame::HELLO_MAX)? {
             Some(answer) => break answer,
-            None if stream.read_buf(&mut buffer).await? == 0 => {
+            None if stream.read_buf(&mut buffer).await.map_err(broken)? == 0 => {
                 return Err(End::Protocol("it closed the connection without a greeting".to_owned()));
             }
             None => {}

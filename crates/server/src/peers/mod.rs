@@ -288,7 +288,7 @@ impl Default for Limits {
             queue_bytes: 32 << 20,
             messages_window: 16 << 20,
             bulk_window: 4 << 20,
-            connect: Duration::from_secs(2),
+            connect: Duration::from_secs(1),
             handshake: Duration::from_secs(3),
             bulk_idle: Duration::from_secs(30),
             backoff_min: Duration::from_millis(20),
@@ -310,7 +310,7 @@ struct Shared {
     /// Message connections per life of a peer, with those that are being judged.
     lives: Mutex<BTreeMap<(MemberId, u64), Life>>,
     /// The accepted connection of each peer's lane. Who drops the sender ends it.
-    accepted: Mutex<BTreeMap<(MemberId, u8), Accepted>>,
+    accepted: Mutex<BTreeMap<(MemberId, Lane), Accepted>>,
     /// When which trouble of accepted connections was logged.
     told: Mutex<BTreeMap<(IpAddr, String), Instant>>,
     is_stopping: watch::Sender<bool>,

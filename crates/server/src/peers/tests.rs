@@ -616,7 +616,7 @@ mod tls {
         std::fs::write(&files.ca, &ours.pem).unwrap();
         let tls = PeerTls::load(files).unwrap();
         let a = Node::start_with(1, "127.0.0.1:0", Some(tls), Limits::default()).await;
-        is_in_trouble(a, ours.node(2, "127.0.0.1").await, "").await;
+        is_in_trouble(a, ours.node(2, "127.0.0.1").await, "no TLS with it").await;
     }
 
     #[test]
