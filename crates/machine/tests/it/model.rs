@@ -33,6 +33,15 @@ pub(crate) enum Do {
     Acquire(u8, u8, u8, Wait, bool),
     Release(u8, u8, bool),
     Cancel(u8, u8),
+    /// Id, name, peer, whether a learner, whom it replaces.
+    Add(u64, u8, u8, bool, Option<u64>),
+    Promote(u64),
+    Remove(u64),
+    Update(u64, u8),
+    /// Id, storage, boots, peer, behaviour.
+    Register(u64, u8, u64, u8, u16),
+    Saw(u64, u64),
+    Raise,
 }
 
 fn wait() -> impl Strategy<Value = Wait> {
@@ -51,7 +60,31 @@ fn one() -> impl Strategy<Value = Do> {
         8 => (0..3u8, 1..5u8, 0..3u8, wait(), prop::bool::weighted(0.1)).prop_map(|(l, s, o, w, c)| Do::Acquire(l, s, o, w, c)),
         5 => (0..3u8, 1..5u8, prop::bool::weighted(0.9)).prop_map(|(l, s, t)| Do::Release(l, s, t)),
         1 => (0..3u8, 1..5u8).prop_map(|(l, s)| Do::Cancel(l, s)),
+        1 => member(),
     ]
+}
+
+fn member() -> impl Strategy<Value = Do> {
+    prop_oneof![
+        6 => (0..6u64, 0..6u8, 0..6u8, any::<bool>(), prop::option::weighted(0.3, 1..6u64))
+            .prop_map(|(id, name, peer, learner, old)| Do::Add(id, name, peer, learner, old)),
+        2 => (1..6u64).prop_map(Do::Promote),
+        2 => (1..6u64).prop_map(Do::Remove),
+        1 => (1..6u64, 0..6u8).prop_map(|(id, peer)| Do::Update(id, peer)),
+        4 => (1..6u64, 0..3u8, 1..4u64, 0..6u8, 1..4u16)
+            .prop_map(|(id, storage, boots, peer, able)| Do::Register(id, storage, boots, peer, able)),
+        1 => (1..6u64, 0..9u64).prop_map(|(id, index)| Do::Saw(id, index)),
+        1 => Just(Do::Raise),
+    ]
+}
+
+/// Lists about members mostly.
+fn member_steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        8 => (member(), id()).prop_map(|(op, id)| Step::Do(vec![op], id)),
+        1 => (one(), id()).prop_map(|(op, id)| Step::Do(vec![op], id)),
+    ];
+    prop::collection::vec(step, 1..60)
 }
 
 fn id() -> impl Strategy<Value = Option<Id>> {
@@ -94,6 +127,8 @@ pub(crate) struct Model {
     queue: Vec<Waiter>,
     known: Vec<Known>,
     acked: BTreeMap<u64, u64>,
+    members: Vec<MemberRecord>,
+    behaviour: u16,
     // Of the running transaction.
     changed: bool,
     granted: Vec<Vec<u8>>,
@@ -145,6 +180,14 @@ fn lock_name(n: u8) -> Box<[u8]> {
     Box::from([b'x' + n])
 }
 
+fn word(n: u8) -> Box<str> {
+    if n == 0 { Box::default() } else { format!("w{n}").into() }
+}
+
+fn is_live(member: &MemberRecord) -> bool {
+    member.role != MemberRole::Removed
+}
+
 fn owner(n: u8) -> Box<[u8]> {
     if n == 0 { Box::default() } else { Box::from([b'0' + n]) }
 }
@@ -175,7 +218,7 @@ fn base(request: &RequestId) -> RequestId {
 
 impl Model {
     pub(crate) fn new() -> Self {
-        Self { term: 1, revision: 1, compacted: -1, ..Self::default() }
+        Self { term: 1, revision: 1, compacted: -1, behaviour: 1, ..Self::default() }
     }
 
     /// The transaction of a step, with the tokens of now.
@@ -228,6 +271,28 @@ impl Model {
                 }
             }
             Do::Cancel(l, s) => Op::LockCancel { name: lock_name(*l), session: sid(s), request: None },
+            Do::Add(id, name, peer, learner, replaces) => Op::MemberAdd {
+                id: MemberId(*id),
+                name: word(*name),
+                peer: word(*peer),
+                role: if *learner { MemberRole::Learner } else { MemberRole::Voter },
+                replaces: replaces.map(MemberId),
+                join: [1; 32],
+            },
+            Do::Promote(id) => Op::MemberPromote { id: MemberId(*id) },
+            Do::Remove(id) => Op::MemberRemove { id: MemberId(*id) },
+            Do::Update(id, peer) => Op::MemberUpdate { id: MemberId(*id), peer: word(*peer) },
+            Do::Register(id, storage, boots, peer, behaviour) => Op::MemberRegister {
+                id: MemberId(*id),
+                storage: [*storage; 16],
+                boots: *boots,
+                peer: word(*peer),
+                clients: vec!["c".into()],
+                behaviour: *behaviour,
+                release: "r".into(),
+            },
+            Do::Saw(id, index) => Op::MemberSeen { id: MemberId(*id), index: Index(*index) },
+            Do::Raise => Op::RaiseBehaviour { to: 2 },
         }
     }
 
@@ -447,8 +512,106 @@ impl Model {
                 let gone = self.take_waits(|w| w.lock == name[..] && w.session == session.0, "Cancelled");
                 format!("cancelled {gone}")
             }
-            other => panic!("{other:?}"),
+            _ if !alone => return no("Invalid"),
+            Op::RaiseBehaviour { to } => {
+                let must = |m: &&MemberRecord| m.role == MemberRole::Voter || (is_live(m) && m.boots > 0);
+                if self.members.iter().filter(must).any(|m| m.behaviour < *to) {
+                    return no("Invalid");
+                }
+                self.behaviour = *to;
+                "done".into()
+            }
+            op => format!("{:?}", self.member(op)?),
         }))
+    }
+
+    /// The member as it is after the operation.
+    fn member(&mut self, op: &Op) -> Result<MemberRecord, String> {
+        let no = |what: &str| Err(what.to_string());
+        let (Op::MemberAdd { id, .. }
+        | Op::MemberPromote { id }
+        | Op::MemberRemove { id }
+        | Op::MemberUpdate { id, .. }
+        | Op::MemberRegister { id, .. }
+        | Op::MemberSeen { id, .. }) = op
+        else {
+            panic!("{op:?}")
+        };
+        let place = self.members.iter().position(|m| m.id == *id);
+        let mut new = match (op, place) {
+            (Op::MemberAdd { name, peer, .. }, _) if id.0 == 0 || name.is_empty() || peer.is_empty() => {
+                return no("Invalid");
+            }
+            (Op::MemberAdd { .. }, Some(_)) => return no("MemberExists"),
+            (Op::MemberAdd { name, peer, role, replaces, join, .. }, None) => MemberRecord {
+                id: *id,
+                name: name.clone(),
+                peer: peer.clone(),
+                clients: Vec::new(),
+                role: *role,
+                replaces: *replaces,
+                storage: [0; 16],
+                boots: 0,
+                seen: Index(0),
+                behaviour: 0,
+                release: "".into(),
+                join: *join,
+            },
+            (_, None) => return no("NotFound"),
+            (_, Some(place)) if !is_live(&self.members[place]) => return no("MemberRemoved"),
+            (_, Some(place)) => self.members[place].clone(),
+        };
+        match op {
+            Op::MemberPromote { .. } if new.role == MemberRole::Voter => return no("Invalid"),
+            Op::MemberPromote { .. } => new.role = MemberRole::Voter,
+            Op::MemberRemove { .. } if self.is_last(&new) => return no("Invalid"),
+            Op::MemberRemove { .. } => (new.role, new.clients) = (MemberRole::Removed, Vec::new()),
+            Op::MemberUpdate { peer, .. } if peer.is_empty() => return no("Invalid"),
+            Op::MemberUpdate { peer, .. } => new.peer = peer.clone(),
+            Op::MemberRegister { storage, boots, peer, clients, behaviour, release, .. } => {
+                match () {
+                    () if *storage == [0; 16] => return no("Invalid"),
+                    () if new.boots > 0 && new.storage != *storage => return no("OtherStorage"),
+                    () if *boots < new.boots => return no("RolledBack"),
+                    () if *behaviour < self.behaviour => return no("Invalid"),
+                    () => {}
+                }
+                (new.storage, new.boots, new.behaviour) = (*storage, *boots, *behaviour);
+                (new.clients, new.release) = (clients.clone(), release.clone());
+                if !peer.is_empty() {
+                    new.peer = peer.clone();
+                }
+            }
+            Op::MemberSeen { index, .. } => new.seen = new.seen.max(*index),
+            _ => {}
+        }
+        if is_live(&new) {
+            for other in self.members.iter().filter(|m| is_live(m) && m.id != *id) {
+                let pair = other.replaces == Some(*id) || new.replaces == Some(other.id);
+                if other.name == new.name || (other.peer == new.peer && !pair) {
+                    return no("MemberExists");
+                }
+            }
+        }
+        if let (Op::MemberAdd { .. }, Some(old)) = (op, new.replaces) {
+            let Some(gone) = self.members.iter().find(|m| m.id == old) else { return no("NotFound") };
+            if !is_live(gone) {
+                return no("MemberRemoved");
+            }
+            let twice = self.members.iter().any(|m| is_live(m) && m.replaces == Some(old));
+            if new.role != MemberRole::Voter || twice || self.is_last(gone) {
+                return no("Invalid");
+            }
+        }
+        self.members.retain(|m| m.id != *id);
+        self.members.push(new.clone());
+        Ok(new)
+    }
+
+    fn is_last(&self, member: &MemberRecord) -> bool {
+        let others: Vec<_> = self.members.iter().filter(|m| m.role == MemberRole::Voter && m.id != member.id).collect();
+        let come = others.iter().filter(|m| m.boots > 0).count();
+        member.role == MemberRole::Voter && (others.is_empty() || (member.boots > 0 && come == 0))
     }
 
     fn take_waits(&mut self, which: impl Fn(&Waiter) -> bool, why: &str) -> usize {
@@ -594,6 +757,7 @@ fn short_op(reply: &OpReply) -> String {
         OpReply::LockReleased => "released".into(),
         OpReply::LockCancelled { waiters } => format!("cancelled {waiters}"),
         OpReply::Done => "done".into(),
+        OpReply::Member(member) => format!("{member:?}"),
         other => panic!("{other:?}"),
     }
 }
@@ -636,17 +800,27 @@ proptest! {
     /// Every answer is the model's, whom it goes to included.
     #[test]
     fn answers_are_those_of_the_model(steps in steps(120)) {
-        let mut machine = Machine::new();
-        let mut out = Applied::default();
-        for (at, batch, expected) in log(&steps) {
-            let entry = batch.encode();
-            prop_assert_eq!(&Batch::decode(&entry).unwrap(), &batch);
-            machine.apply_encoded(at, &entry, &mut out).unwrap();
-            let said: Said = out.replies.iter().map(|(ticket, reply)| (ticket.number, short(reply))).collect();
-            prop_assert_eq!(said, expected, "{:?}", batch);
-            check_changes(&out)?;
-        }
+        check_steps(&steps)?;
     }
+
+    #[test]
+    fn answers_about_members_are_those_of_the_model(steps in member_steps()) {
+        check_steps(&steps)?;
+    }
+}
+
+fn check_steps(steps: &[Step]) -> Result<(), TestCaseError> {
+    let mut machine = Machine::new();
+    let mut out = Applied::default();
+    for (at, batch, expected) in log(steps) {
+        let entry = batch.encode();
+        prop_assert_eq!(&Batch::decode(&entry).unwrap(), &batch);
+        machine.apply_encoded(at, &entry, &mut out).unwrap();
+        let said: Said = out.replies.iter().map(|(ticket, reply)| (ticket.number, short(reply))).collect();
+        prop_assert_eq!(said, expected, "{:?}", batch);
+        check_changes(&out)?;
+    }
+    Ok(())
 }
 
 /// Changes leave in (revision, index) order, without gaps in a revision.
