@@ -20,6 +20,7 @@ type history struct {
 	holds  []hold      // of mutexes and elections
 	counts []count     // in the register that only a mutex owner writes
 	leases []leaseEvent
+	events []event // that watchers were told of the keys that are written once
 }
 
 type kind uint8
@@ -87,6 +88,14 @@ type addition struct {
 	Rev     int64
 }
 
+// event is what a watcher was told, in its order.
+type event struct {
+	Watcher int
+	At      string
+	Key     string
+	Rev     int64
+}
+
 // hold is a time for which a client believed to own a name, by its own view of its lease.
 type hold struct {
 	Name   string
@@ -144,7 +153,8 @@ func (h *history) copied() *history {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return &history{began: h.began, ops: slices.Clone(h.ops), stale: slices.Clone(h.stale), added: slices.Clone(h.added), holds: slices.Clone(h.holds),
-		counts: slices.Clone(h.counts), leases: slices.Clone(h.leases)}
+		counts: slices.Clone(h.counts), leases: slices.Clone(h.leases),
+		events: slices.Clone(h.events)}
 }
 
 func (h *history) summary() string {
@@ -161,8 +171,8 @@ func (h *history) summary() string {
 	for _, e := range h.leases {
 		ids[e.Lease] = true
 	}
-	return fmt.Sprintf("register calls: %d answered, %d refused, %d unknown; stale reads: %d; keys added: %d acknowledged, %d refused, %d unknown; owners: %d; guarded counts: %d; leases: %d",
-		outcomes[answered], outcomes[refused], outcomes[unknown], len(h.stale), additions[answered], additions[refused], additions[unknown], len(h.holds), len(h.counts), len(ids))
+	return fmt.Sprintf("register calls: %d answered, %d refused, %d unknown; stale reads: %d; keys added: %d acknowledged, %d refused, %d unknown; owners: %d; guarded counts: %d; leases: %d; events: %d",
+		outcomes[answered], outcomes[refused], outcomes[unknown], len(h.stale), additions[answered], additions[refused], additions[unknown], len(h.holds), len(h.counts), len(ids), len(h.events))
 }
 
 // judgeError says what an error tells about the effect of a change. Only what the server says before it proposes counts as refused.

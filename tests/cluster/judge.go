@@ -144,13 +144,14 @@ const (
 	byCounts    = "the register of the mutex counts without a gap"
 	byLeases    = "no lease ends before its time"
 	byAbandoned = "abandoned leases end"
+	byEvents    = "watchers are told everything once, in order"
 	byImages    = "all members hold the same"
 )
 
 func judge(h *history, e *ends, evidence string) []*verdict {
 	return []*verdict{
 		judgeRegisters(h, evidence), judgeRevisions(h), judgeContents(h, e), judgeRefused(h, e), judgeAdditions(h, e), judgeStale(h),
-		judgeHolds(h), judgeTokens(h), judgeCounts(h, e), judgeLeases(h), judgeAbandoned(h, e), judgeImages(e),
+		judgeHolds(h), judgeTokens(h), judgeCounts(h, e), judgeLeases(h), judgeAbandoned(h, e), judgeEvents(h, e), judgeImages(e),
 	}
 }
 
@@ -510,6 +511,34 @@ func judgeAbandoned(h *history, e *ends) *verdict {
 	for key, kv := range e.keys() {
 		if kv.Lease != 0 && left[kv.Lease] {
 			v.add("%s of lease %x is still there", key, kv.Lease)
+		}
+	}
+	return v
+}
+
+// judgeEvents: up to the last thing that it was told, a watcher was told of each key, once, by rising revision.
+func judgeEvents(h *history, e *ends) *verdict {
+	v := &verdict{name: byEvents}
+	last, told := map[int]int64{}, map[int]map[string]int64{}
+	there := e.keys()
+	for _, event := range h.events {
+		if event.Key == "" {
+			told[event.Watcher] = map[string]int64{}
+			continue
+		}
+		if event.Rev <= last[event.Watcher] {
+			v.add("watcher %d at %s: revision %d after %d", event.Watcher, event.At, event.Rev, last[event.Watcher])
+		}
+		if there[event.Key].GetModRevision() != event.Rev {
+			v.add("watcher %d at %s: %s at %d, but it is at %d", event.Watcher, event.At, event.Key, event.Rev, there[event.Key].GetModRevision())
+		}
+		last[event.Watcher], told[event.Watcher][event.Key] = event.Rev, event.Rev
+	}
+	for watcher, keys := range told {
+		for key, kv := range there {
+			if strings.HasPrefix(key, "set/") && kv.ModRevision <= last[watcher] && keys[key] == 0 {
+				v.add("watcher %d was never told of %s at %d, but of %d", watcher, key, kv.ModRevision, last[watcher])
+			}
 		}
 	}
 	return v

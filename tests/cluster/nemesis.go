@@ -21,6 +21,7 @@ type nemesis struct {
 	cluster *cluster
 	clients *clients
 	rounds  int
+	paused  bool   // a leader was stopped by SIGSTOP
 	note    string // what a fault has to tell
 }
 
@@ -144,6 +145,7 @@ func catalogue() []fault {
 			return nil, n.powerCut(append([]int{v.leader}, v.others...)...)
 		}},
 		{name: "SIGSTOP of the leader", hold: (ownerTTL + 2) * time.Second, inject: func(n *nemesis, v victims) ([]int, error) {
+			n.paused = true
 			return v.others, n.cluster.members[v.leader].pause()
 		}},
 		{name: "SIGSTOP of a follower", inject: func(n *nemesis, v victims) ([]int, error) {
@@ -330,6 +332,7 @@ func (n *nemesis) randomCuts(victims) ([]int, error) {
 func (n *nemesis) stutter(v victims) ([]int, error) {
 	m := n.cluster.members[v.leader]
 	for range 5 {
+		n.paused = true
 		if err := m.pause(); err != nil {
 			return nil, err
 		}

@@ -193,6 +193,24 @@ func spoilers() []spoiler {
 			e.images[0][0] = kv
 			return true
 		}},
+		{"a watcher is told twice", byEvents, func(h *history, _ *ends) bool {
+			for i, e := range h.events {
+				if e.Key != "" {
+					h.events = slices.Insert(h.events, i, e)
+					return true
+				}
+			}
+			return false
+		}},
+		{"a watcher misses an event", byEvents, func(h *history, _ *ends) bool {
+			for i, e := range h.events {
+				if e.Key != "" {
+					h.events = slices.Delete(h.events, i, i+1)
+					return true
+				}
+			}
+			return false
+		}},
 		{"one member misses a key", byImages, func(_ *history, e *ends) bool {
 			last := len(e.images) - 1
 			e.images[last] = e.images[last][1:]

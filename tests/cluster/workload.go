@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -61,8 +63,9 @@ func startClients(c *cluster, h *history, seed uint64) (*clients, error) {
 		for range 2 {
 			problems = append(problems, start([]int{m.index}, m.name, (*worker).useRegisters))
 		}
-		problems = append(problems, start([]int{m.index}, m.name, (*worker).addKeys))
+		problems = append(problems, start([]int{m.index}, m.name, (*worker).addKeys), start([]int{m.index}, m.name, (*worker).watchKeys))
 	}
+	problems = append(problems, start(everyone, "any", (*worker).watchKeys))
 	for range roamers {
 		problems = append(problems, start(everyone, "any", (*worker).useRegisters))
 	}
@@ -301,6 +304,59 @@ func (w *worker) addKeys(ctx context.Context) {
 		record(w.history(), &w.history().added, a)
 		w.wait(ctx, 20*time.Millisecond, 60*time.Millisecond)
 	}
+}
+
+// watchKeys watches those keys from the first revision on, as long as the library keeps the watch alive by itself.
+func (w *worker) watchKeys(ctx context.Context) {
+	record(w.history(), &w.history().events, event{Watcher: w.id, At: w.at})
+	for answer := range w.client.Watch(ctx, "set/", clientv3.WithPrefix(), clientv3.WithRev(1)) {
+		for _, e := range answer.Events {
+			record(w.history(), &w.history().events, event{Watcher: w.id, At: w.at, Key: string(e.Kv.Key), Rev: e.Kv.ModRevision})
+		}
+	}
+}
+
+// watchLimit is longer than progressLimit: a client behind a cut notices a dead connection only by its own pings, after 12 s.
+const watchLimit = 20 * time.Second
+
+// watchersCatchUp waits until every watcher was told of a key that is written now.
+func (w *clients) watchersCatchUp(c *cluster) (time.Duration, error) {
+	began, key := time.Now(), "set/last"
+	client, err := c.client(all(len(c.members)))
+	if err != nil {
+		return 0, err
+	}
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), progressLimit)
+	defer cancel()
+	if _, err := client.Put(ctx, key, key); err != nil {
+		return 0, err
+	}
+	for {
+		behind := w.history.behind(key)
+		if len(behind) == 0 {
+			return time.Since(began), nil
+		}
+		if time.Since(began) > watchLimit {
+			return 0, fmt.Errorf("watchers that were not told within %v of a key: at %v", watchLimit, behind)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// behind are the members at which a watcher was not told of this key yet.
+func (h *history) behind(key string) []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	waiting := map[int]string{}
+	for _, e := range h.events {
+		if e.Key == "" {
+			waiting[e.Watcher] = e.At
+		} else if e.Key == key {
+			delete(waiting, e.Watcher)
+		}
+	}
+	return slices.Collect(maps.Values(waiting))
 }
 
 // lease is a client's own view of a lease: alive until deadline, counted from the sending of the newest answered renewal.
