@@ -275,7 +275,7 @@ impl Machine {
 /// For callers whose entries this member has never applied, because a snapshot took their place.
 impl Machine {
     /// The answer that is remembered for a request, marked as a repeated one; `digest` is that of its transaction, and another one under
-    /// this id is answered as a mismatch. `None`: nothing is remembered, or the request still waits (see `waiting`).
+    /// this id is answered as a mismatch. `None`: nothing is remembered, or the request still waits (see `waiting_tickets`).
     pub fn remembered(&self, principal: &str, request: &RequestId, digest: [u8; 16]) -> Option<Reply> {
         match self.requests.find(principal, request, digest, self.stamp)? {
             Seen::Answered(reply) => Some(reply),
@@ -284,12 +284,6 @@ impl Machine {
             }
             Seen::New | Seen::Waiting(_) => None,
         }
-    }
-
-    /// The numbers of the tickets of this life of a member that wait for locks: their answers come with later entries.
-    pub fn waiting(&self, member: MemberId, boot: u64) -> Vec<u64> {
-        let tickets = self.locks.waiters.iter().map(|(_, waiter)| waiter.ticket);
-        tickets.filter(|t| (t.member, t.boot) == (member, boot)).map(|t| t.number).collect()
     }
 }
 

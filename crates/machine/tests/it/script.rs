@@ -208,7 +208,7 @@ impl Script {
                 let grant = m.granted(NamespaceId(self.namespace), name.as_bytes(), id(session), b"");
                 format!("granted: {}", grant.map_or("nothing".into(), |g| show_op(&OpReply::LockGranted(g))))
             }
-            ("waiting", []) => format!("waiting {:?}", m.waiting(MemberId(1), 1)),
+            ("waiting", []) => format!("waiting {:?}", m.waiting_tickets().map(|t| t.number).collect::<Vec<_>>()),
             ("counts", []) => format!("{:?}", m.counts()),
             ("revision", []) => format!("revision {} compacted {}", m.revision(), m.compacted()),
             ("deadline", []) => format!("next deadline {:?}", m.next_deadline().map(|d| d.0)),
