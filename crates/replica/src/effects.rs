@@ -2,8 +2,8 @@
 
 use crate::clock::Millis;
 use crate::job::Job;
-use std::fmt;
 use crate::peer::PeerFacts;
+use std::fmt;
 use tenure_machine::{Change, MemberId, MemberRecord, Overload, Rejection, Reply, SessionId, SessionToken, Ticket};
 
 /// What one poll gave. The shell hands changes to watchers before it sends answers; it empties the lists.

@@ -73,9 +73,9 @@ impl Job {
     pub(crate) fn bytes(&self) -> u64 {
         match self {
             Self::PrepareSegment { bytes, spare: None, .. } => *bytes,
-            Self::WriteSnapshot { bytes, .. }
-            | Self::FinishSnapshot { bytes, .. }
-            | Self::WriteTaken { bytes, .. } => bytes.len() as u64,
+            Self::WriteSnapshot { bytes, .. } | Self::FinishSnapshot { bytes, .. } | Self::WriteTaken { bytes, .. } => {
+                bytes.len() as u64
+            }
             Self::PrepareSegment { .. }
             | Self::Retire { .. }
             | Self::ReadSnapshot { .. }

@@ -14,8 +14,8 @@
 
 use crate::clock::{Clock, Millis};
 use crate::config::Config;
-use crate::disk::Disk;
 use crate::config::Sabotage;
+use crate::disk::Disk;
 use crate::effects::{Alarm, Answer, Effects, Refusal, Renewal, Role, Status};
 use crate::fault::{Fault, OpenError};
 use crate::identity::{self, Identity};
@@ -619,7 +619,8 @@ impl<D: Disk> Member<D> {
     fn deliver_messages(&mut self) {
         while let Some((from, message)) = self.inbox.pop_front() {
             let kind = message.get_msg_type();
-            if kind == MessageType::MsgAppendResponse && !message.reject && self.lead.is_some() && !self.may_count(from) {
+            if kind == MessageType::MsgAppendResponse && !message.reject && self.lead.is_some() && !self.may_count(from)
+            {
                 continue;
             }
             if kind == MessageType::MsgAppend {
@@ -656,11 +657,7 @@ impl<D: Disk> Member<D> {
         self.raft.raft.set_randomized_election_timeout((ticks + mixed % ticks) as usize);
     }
 
-    fn settle(
-        &mut self,
-        out: &mut Effects,
-        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
-    ) -> Result<(), Fault> {
+    fn settle(&mut self, out: &mut Effects, send: &mut dyn FnMut(MemberId, Lane, Vec<u8>)) -> Result<(), Fault> {
         loop {
             self.follow_role()?;
             self.fetch_wanted()?;
@@ -672,11 +669,7 @@ impl<D: Disk> Member<D> {
     }
 
     /// Everything that the consensus library wants done, in the order that makes it safe: write, sync, tell, apply.
-    fn handle_ready(
-        &mut self,
-        out: &mut Effects,
-        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
-    ) -> Result<(), Fault> {
+    fn handle_ready(&mut self, out: &mut Effects, send: &mut dyn FnMut(MemberId, Lane, Vec<u8>)) -> Result<(), Fault> {
         let mut ready = self.raft.ready();
         if !ready.snapshot().is_empty() {
             let metadata = ready.snapshot().get_metadata().clone();
@@ -851,9 +844,8 @@ impl<D: Disk> Member<D> {
     fn step_down(&mut self) {
         self.lead = None;
         self.riding_since = None;
-        let (stays, goes): (Vec<_>, Vec<_>) = std::mem::take(&mut self.queue)
-            .into_iter()
-            .partition(|q| matches!(q.wants, Wants::Caller | Wants::Own));
+        let (stays, goes): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.queue).into_iter().partition(|q| matches!(q.wants, Wants::Caller | Wants::Own));
         self.queue = stays.into();
         for q in goes {
             self.queue_bytes -= q.size;
@@ -933,8 +925,7 @@ impl<D: Disk> Member<D> {
     /// stand in front of it; so each hand-over costs one sync and not two. Their order is kept.
     fn rides_along(&mut self) -> bool {
         let now = self.clock.elapsed();
-        let joins_only =
-            !self.queue.is_empty() && !self.stopping && self.queue.iter().all(|q| self.only_joins(&q.txn));
+        let joins_only = !self.queue.is_empty() && !self.stopping && self.queue.iter().all(|q| self.only_joins(&q.txn));
         if !joins_only {
             self.riding_since = None;
             return false;
@@ -1210,7 +1201,9 @@ impl<D: Disk> Member<D> {
 
     /// The batch that this member proposed and this entry is, if it is one.
     fn take_proposed(&mut self, at: Position) -> Option<Batch> {
-        while let Some(lost) = self.proposed.pop_front_if(|p| p.index < at.index.0 || (p.index == at.index.0 && p.term != at.term.0)) {
+        while let Some(lost) =
+            self.proposed.pop_front_if(|p| p.index < at.index.0 || (p.index == at.index.0 && p.term != at.term.0))
+        {
             // Another leader's entry stands in its place for ever: it was not and will not be applied.
             for number in lost.first..lost.first + lost.count {
                 if lost.is_own {
@@ -1241,7 +1234,11 @@ impl<D: Disk> Member<D> {
             change.merge_from_bytes(&entry.data).map_err(unreadable)?;
             change
         };
-        let conf = self.raft.apply_conf_change(&change).map_err(consensus_fault)?;
+        let mut conf = self.raft.apply_conf_change(&change).map_err(consensus_fault)?;
+        // The library's sets have an order of their own, which depends on how they came about.
+        for ids in [&mut conf.voters, &mut conf.learners, &mut conf.voters_outgoing, &mut conf.learners_next] {
+            ids.sort_unstable();
+        }
         self.log.conf_state(entry.index, &conf);
         let store = self.raft.mut_store();
         store.conf_state = conf;
@@ -1492,7 +1489,11 @@ fn open_folder<D: Disk>(
         newest = Some(offer);
     }
     if recovered.before.0 > covered || recovered.last().0 < covered {
-        let why = format!("the log is of entries {} to {}, the snapshot of {covered}", recovered.before.0 + 1, recovered.last().0);
+        let why = format!(
+            "the log is of entries {} to {}, the snapshot of {covered}",
+            recovered.before.0 + 1,
+            recovered.last().0
+        );
         return Err(OpenError::Damaged { file: snapshot::file(covered), offset: 0, why });
     }
     alarms.extend(recovered.torn.clone().map(|(file, offset)| Alarm::TornTail { file, offset }));
@@ -1675,6 +1676,8 @@ fn mix(n: u64) -> u64 {
     n ^ (n >> 31)
 }
 
+#[cfg(test)]
+mod group_tests;
 #[cfg(test)]
 mod scripts;
 #[cfg(test)]

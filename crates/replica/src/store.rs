@@ -240,11 +240,8 @@ impl Storage for Store {
             self.wants_snapshot.set(true);
             return Err(StorageError::SnapshotTemporarilyUnavailable.into());
         };
-        let metadata = SnapshotMetadata {
-            conf_state: offer.meta.conf.1.clone(),
-            index: offer.meta.index,
-            term: offer.meta.term,
-        };
+        let metadata =
+            SnapshotMetadata { conf_state: offer.meta.conf.1.clone(), index: offer.meta.index, term: offer.meta.term };
         Ok(Snapshot { data: offer.bytes.to_le_bytes().to_vec().into(), metadata })
     }
 }

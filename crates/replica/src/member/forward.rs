@@ -144,7 +144,8 @@ impl<D: Disk> Member<D> {
             self.next_read += 1;
             let now = self.clock.elapsed();
             self.post(to, Lane::Messages, &PeerMessage::Read { to_boot, number });
-            self.rounds.insert(number, Round { reads: asked.reads, since: asked.since, asked_at: now, ..Round::default() });
+            self.rounds
+                .insert(number, Round { reads: asked.reads, since: asked.since, asked_at: now, ..Round::default() });
         }
         let mut touches = Vec::new();
         for (session, token, ticket) in asked.renewals {
@@ -469,8 +470,7 @@ impl<D: Disk> Member<D> {
     pub(super) fn after_restore(&mut self, out: &mut Effects) {
         let waits: BTreeSet<Ticket> = self.machine.waiting_tickets().collect();
         let index = self.machine.position().index.0;
-        let queued: BTreeSet<u64> =
-            self.queue.iter().filter(|q| q.wants == Wants::Caller).map(|q| q.number).collect();
+        let queued: BTreeSet<u64> = self.queue.iter().filter(|q| q.wants == Wants::Caller).map(|q| q.number).collect();
         self.proposed.retain(|p| p.index > index);
         self.sent.clear();
         for number in self.waiting.iter().copied().filter(|n| !queued.contains(n)).collect::<Vec<_>>() {

@@ -69,13 +69,8 @@ impl<D: Disk> Member<D> {
         }
         self.complaints.0.remove(&hello.member);
         let skew_ms = i64::try_from(hello.wall_ms).unwrap_or(i64::MAX).saturating_sub_unsigned(wall_ms);
-        let link = Link {
-            boot: hello.boot,
-            storage: hello.storage,
-            heard_at: self.clock.elapsed(),
-            facts: None,
-            skew_ms,
-        };
+        let link =
+            Link { boot: hello.boot, storage: hello.storage, heard_at: self.clock.elapsed(), facts: None, skew_ms };
         match self.links.get_mut(&hello.member) {
             Some(known) if known.boot == hello.boot => known.skew_ms = skew_ms,
             _ => {
@@ -101,7 +96,10 @@ impl<D: Disk> Member<D> {
             );
         }
         if hello.member == self.config.member {
-            return refuse(false, format!("`{name}` has this member's own name and id: give each member its own --name"));
+            return refuse(
+                false,
+                format!("`{name}` has this member's own name and id: give each member its own --name"),
+            );
         }
         let own = self.machine.cluster();
         if own != 0 && hello.cluster != 0 && own != hello.cluster {
@@ -148,7 +146,9 @@ impl<D: Disk> Member<D> {
             ));
         }
         if !record.has_come() && record.join != [0; 32] && record.join != digest(&hello.join) {
-            return fatal(format!("the join token of member `{name}` is not the one that was given out: use the newest"));
+            return fatal(format!(
+                "the join token of member `{name}` is not the one that was given out: use the newest"
+            ));
         }
         if hello.boots < record.boots || hello.last_index < self.known_end(record) {
             return fatal(format!(
@@ -251,7 +251,10 @@ impl<D: Disk> Member<D> {
     /// Tells the cluster about this start, until the table has it.
     pub(super) fn register(&mut self) {
         let now = self.clock.elapsed();
-        if now < self.register_at || self.stopping || (self.lead.is_none() && self.raft.raft.leader_id == raft::INVALID_ID) {
+        if now < self.register_at
+            || self.stopping
+            || (self.lead.is_none() && self.raft.raft.leader_id == raft::INVALID_ID)
+        {
             return;
         }
         if self.lead.as_ref().is_some_and(|l| !l.serving) {
@@ -289,7 +292,9 @@ impl<D: Disk> Member<D> {
         }
         self.registering = None;
         if let Err(
-            rejection @ (Rejection::OtherStorage { .. } | Rejection::RolledBack { .. } | Rejection::MemberRemoved { .. }),
+            rejection @ (Rejection::OtherStorage { .. }
+            | Rejection::RolledBack { .. }
+            | Rejection::MemberRemoved { .. }),
         ) = result
         {
             self.expelled = Some(rejection.to_string());
@@ -350,9 +355,12 @@ impl<D: Disk> Member<D> {
     /// Every member has said what it can: the oldest decides.
     fn raise_behaviour(&mut self) {
         let conf = &self.raft.store().conf_state;
-        let able = conf.voters.iter().chain(&conf.learners).chain(&conf.voters_outgoing).map(|id| {
-            self.machine.member(MemberId(*id)).filter(|r| r.has_come()).map_or(0, |r| r.behaviour)
-        });
+        let able = conf
+            .voters
+            .iter()
+            .chain(&conf.learners)
+            .chain(&conf.voters_outgoing)
+            .map(|id| self.machine.member(MemberId(*id)).filter(|r| r.has_come()).map_or(0, |r| r.behaviour));
         let to = able.min().unwrap_or_default().min(self.config.behaviour);
         if to > self.machine.behaviour() && now_or_later(&mut self.raise_at, self.clock.elapsed(), REGISTER_MS) {
             self.enqueue_lead(Op::RaiseBehaviour { to });
@@ -549,7 +557,9 @@ impl<D: Disk> Member<D> {
     pub(super) fn peer_alarms(&self) -> Vec<Alarm> {
         let name = |id: &MemberId| {
             let known = self.machine.member(*id).map(|r| r.name.to_string());
-            known.or_else(|| self.config.peers.iter().find(|(p, ..)| p == id).map(|p| p.1.clone())).unwrap_or_else(|| id.to_string())
+            known
+                .or_else(|| self.config.peers.iter().find(|(p, ..)| p == id).map(|p| p.1.clone()))
+                .unwrap_or_else(|| id.to_string())
         };
         let skewed = self.links.iter().filter(|(_, l)| l.skew_ms.unsigned_abs() > SKEW_MS);
         let skewed = skewed.map(|(id, l)| Alarm::ClockSkew { member: name(id), ms: l.skew_ms });

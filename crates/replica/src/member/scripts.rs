@@ -35,7 +35,7 @@ impl Story {
             "lock" if words.len() > 2 => self.submit(line, acquire(number(1), Wait::Ms(number(2)))),
             "lock" => self.submit(line, acquire(number(1), Wait::None)),
             "renew" => {
-                let ticket = self.rig.member.renew(SessionId(number(1)));
+                let ticket = self.rig.member.renew(SessionId(number(1)), 0);
                 self.asked.insert(ticket, line.to_owned());
             }
             "get" => {

@@ -22,11 +22,11 @@ pub(super) fn config(boot: u64) -> Config {
 }
 
 /// Small files, so that tests turn them over soon.
-fn small(boot: u64) -> Config {
+pub(super) fn small(boot: u64) -> Config {
     Config { first_segment_bytes: 64 << 10, segment_bytes: 64 << 10, snapshot_log_bytes: 64 << 10, ..config(boot) }
 }
 
-fn key(name: &str) -> Key {
+pub(super) fn key(name: &str) -> Key {
     Key::new(Space::Keys, NamespaceId::DEFAULT, name.as_bytes())
 }
 
@@ -65,6 +65,11 @@ pub(super) fn acquire(session: u64, wait: Wait) -> Txn {
     }))
 }
 
+/// A lone member has nobody to talk to.
+pub(super) fn nobody(to: MemberId, _: Lane, _: Vec<u8>) {
+    panic!("a message to {to}")
+}
+
 impl Rig {
     pub(super) fn new(config: Config) -> Self {
         Self::on(MemoryDisk::new(), config)
@@ -80,7 +85,7 @@ impl Rig {
     }
 
     pub(super) fn poll(&mut self) -> Vec<(Ticket, Answer)> {
-        self.member.poll(Millis(self.now), &mut self.out).unwrap();
+        self.member.poll(Millis(self.now), &mut self.out, &mut nobody).unwrap();
         self.jobs.extend(self.out.jobs.drain(..));
         self.out.changes.clear();
         std::mem::take(&mut self.out.answers)
@@ -149,7 +154,7 @@ fn a_lone_member_does_all_of_a_write_in_one_poll_with_one_write_and_one_sync() {
     assert_eq!(rig.member.machine().issuer(), [9; 16]);
     let before = rig.disk.counts();
     let tickets: Vec<Ticket> = (0..64).map(|i| rig.member.submit(put(&format!("k{i}"), b"v")).unwrap()).collect();
-    rig.member.poll(Millis(0), &mut rig.out).unwrap();
+    rig.member.poll(Millis(0), &mut rig.out, &mut nobody).unwrap();
     assert_eq!(rig.out.changes.len(), 64);
     let answered: Vec<Ticket> = rig.out.answers.drain(..).map(|(t, _)| t).collect();
     assert_eq!(answered, tickets);
@@ -165,7 +170,7 @@ fn the_start_of_a_cluster_is_one_sync() {
     let disk = MemoryDisk::new();
     let mut member = Member::open(disk.clone(), config(1), Millis(0)).unwrap();
     let before = disk.counts();
-    member.poll(Millis(0), &mut Effects::default()).unwrap();
+    member.poll(Millis(0), &mut Effects::default(), &mut nobody).unwrap();
     assert!(member.is_leader());
     assert_eq!(disk.counts(), (before.0 + 1, before.1 + 1));
 }
@@ -478,11 +483,14 @@ fn a_failed_sync_is_the_end_of_the_member() {
     let mut rig = Rig::new(config(1));
     rig.member.submit(put("k", b"v")).unwrap();
     rig.disk.fail_syncs(true);
-    let fault = rig.member.poll(Millis(1), &mut rig.out).unwrap_err();
+    let fault = rig.member.poll(Millis(1), &mut rig.out, &mut nobody).unwrap_err();
     assert!(matches!(fault, Fault::Disk { doing: "sync", .. }), "{fault}");
     assert!(rig.out.answers.is_empty(), "nothing is answered");
     rig.disk.fail_syncs(false);
-    assert!(matches!(rig.member.poll(Millis(2), &mut rig.out), Err(Fault::Stopped)), "it is not tried again");
+    assert!(
+        matches!(rig.member.poll(Millis(2), &mut rig.out, &mut nobody), Err(Fault::Stopped)),
+        "it is not tried again"
+    );
     assert_eq!(rig.member.submit(put("k", b"v")), Err(Refusal::Stopping));
 }
 
@@ -613,7 +621,7 @@ fn a_session_lives_while_it_is_renewed_and_ends_by_an_entry() {
     rig.ok(Txn::of(Op::SessionCreate(session(5, 2_000))));
     for _ in 0..5 {
         rig.pass(1_500);
-        let ticket = rig.member.renew(SessionId(5));
+        let ticket = rig.member.renew(SessionId(5), 0);
         let answers = rig.poll();
         assert_eq!(renewed(&answers, ticket), Some(true));
     }
@@ -622,7 +630,7 @@ fn a_session_lives_while_it_is_renewed_and_ends_by_an_entry() {
     assert_eq!(rig.member.remaining_ms(SessionId(5), Millis(rig.now)), Some(1));
     rig.pass(1);
     assert!(rig.member.machine().session(SessionId(5)).is_none());
-    let ticket = rig.member.renew(SessionId(5));
+    let ticket = rig.member.renew(SessionId(5), 0);
     let answers = rig.poll();
     assert_eq!(renewed(&answers, ticket), Some(false));
 }
@@ -632,7 +640,7 @@ fn a_renewal_that_arrives_before_the_deadline_is_seen_wins() {
     let mut rig = Rig::new(config(1));
     rig.ok(Txn::of(Op::SessionCreate(session(5, 2_000))));
     rig.pass(1_900);
-    let ticket = rig.member.renew(SessionId(5));
+    let ticket = rig.member.renew(SessionId(5), 0);
     rig.now += 400;
     let answers = rig.poll();
     assert_eq!(renewed(&answers, ticket), Some(true));
@@ -669,7 +677,7 @@ fn a_new_leader_gives_the_whole_time_or_what_a_checkpoint_left() {
     let rig = Rig::on(rig.crash(), config(3));
     assert_eq!(rig.member.remaining_ms(SessionId(5), Millis(0)), Some(400_000), "as the checkpoint says");
     let mut rig = rig;
-    let ticket = rig.member.renew(SessionId(5));
+    let ticket = rig.member.renew(SessionId(5), 0);
     let answers = rig.pass(1);
     assert_eq!(renewed(&answers, ticket), Some(true));
     let rig = Rig::on(rig.crash(), config(4));
@@ -805,7 +813,7 @@ fn limits_refuse_and_large_batches_are_cut_in_one_sync() {
 fn a_stopped_member_refuses_and_leaves_a_marked_log() {
     let mut rig = Rig::new(config(1));
     let ticket = rig.member.submit(put("k", b"v")).unwrap();
-    rig.member.stop(Millis(1), &mut rig.out).unwrap();
+    rig.member.stop(Millis(1), &mut rig.out, &mut nobody).unwrap();
     assert_eq!(rig.out.answers[0].0, ticket);
     assert_eq!(rig.member.submit(put("k", b"v")), Err(Refusal::Stopping));
     assert!(matches!(rig.member.read(), Err(Refusal::Stopping)));
@@ -814,161 +822,10 @@ fn a_stopped_member_refuses_and_leaves_a_marked_log() {
     assert!(matches!(Member::open(rig.disk.copy(), config(2), Millis(0)), Err(OpenError::Damaged { .. })));
 }
 
-// A group of three, in one thread.
-
-struct Group {
-    members: Vec<Member<MemoryDisk>>,
-    cut: Vec<usize>,
-    now: u64,
-}
-
-impl Group {
-    fn new() -> Self {
-        let peers: Vec<_> = (1..=3).map(|i| (MemberId(i), format!("n{i}"), String::new())).collect();
-        let open = |i: u64| {
-            let config = Config { member: MemberId(i), peers: peers.clone(), random: [i as u8; 32], ..config(i) };
-            Member::open(MemoryDisk::new(), Config { disk_reserve_bytes: 0, ..config }, Millis(0)).unwrap()
-        };
-        Self { members: (1..=3).map(open).collect(), cut: Vec::new(), now: 0 }
-    }
-
-    fn step(&mut self) -> Vec<(Ticket, Answer)> {
-        self.now += 100;
-        let mut answers = Vec::new();
-        for _ in 0..4 {
-            let mut mail = Vec::new();
-            for (i, member) in self.members.iter_mut().enumerate() {
-                let mut out = Effects::default();
-                member.poll(Millis(self.now), &mut out).unwrap();
-                answers.append(&mut out.answers);
-                mail.extend(out.messages.into_iter().map(|(to, bytes)| (i, to.0 as usize - 1, bytes)));
-            }
-            for (from, to, bytes) in mail {
-                if !self.cut.contains(&from) && !self.cut.contains(&to) {
-                    self.members[to].receive(MemberId(from as u64 + 1), &bytes);
-                }
-            }
-        }
-        answers
-    }
-
-    fn leader(&mut self) -> usize {
-        for _ in 0..200 {
-            self.step();
-            let cut = self.cut.clone();
-            if let Some(leader) = (0..3).find(|i| self.members[*i].is_leader() && !cut.contains(i)) {
-                return leader;
-            }
-        }
-        panic!("no leader");
-    }
-
-    fn put(&mut self, leader: usize, name: &str) -> Answer {
-        let ticket = self.members[leader].submit(put(name, b"v")).unwrap();
-        for _ in 0..50 {
-            if let Some((_, answer)) = self.step().into_iter().find(|(t, _)| *t == ticket) {
-                return answer;
-            }
-        }
-        panic!("no answer")
-    }
-}
-
-#[test]
-fn three_members_elect_replicate_fail_over_and_agree() {
-    let mut group = Group::new();
-    let first = group.leader();
-    assert!(matches!(group.put(first, "a"), Answer::Done(_)));
-    let read = group.members[first].read().unwrap();
-    assert!((0..20).any(|_| group.step().contains(&(read, Answer::ReadReady))));
-    let other = (first + 1) % 3;
-    assert!(
-        matches!(group.members[other].submit(put("x", b"v")), Err(Refusal::NotLeader { leader }) if leader.0 == first as u64 + 1)
-    );
-
-    // Cut off with a proposal that cannot be decided: unknown, and no read is answered.
-    group.cut = vec![first];
-    let open = group.members[first].submit(put("lost", b"v")).unwrap();
-    let read = group.members[first].read().unwrap();
-    let mut answers = Vec::new();
-    for _ in 0..40 {
-        answers.extend(group.step());
-    }
-    assert!(answers.contains(&(open, Answer::Unknown)), "{answers:?}");
-    assert!(answers.contains(&(read, Answer::Refused(Refusal::NoQuorum))), "{answers:?}");
-    let second = group.leader();
-    assert_ne!(first, second);
-    assert!(matches!(group.put(second, "b"), Answer::Done(_)));
-
-    group.cut.clear();
-    for _ in 0..60 {
-        group.step();
-    }
-    let sums: Vec<_> =
-        group.members.iter().map(|m| (m.machine().checksum(), m.machine().revision(), m.machine().cluster())).collect();
-    assert!(sums.iter().all(|s| *s == sums[0]), "{sums:?}");
-    for member in &group.members {
-        assert!(member.machine().get(&key("a")).is_some() && member.machine().get(&key("b")).is_some());
-        assert!(member.machine().get(&key("lost")).is_none());
-    }
-}
-
 #[test]
 fn a_member_can_move_to_the_thread_that_owns_it() {
     fn sendable<T: Send>(_: &T) {}
     sendable(&Rig::new(config(1)).member);
-}
-
-#[test]
-fn a_slow_member_is_caught_up_from_the_files() {
-    let mut group = Group::new();
-    let leader = group.leader();
-    group.cut = vec![(leader + 1) % 3];
-    for i in 0..24 {
-        let value = vec![i; 1 << 20];
-        group.members[leader].submit(put("big", &value)).unwrap();
-        group.step();
-    }
-    group.cut.clear();
-    for _ in 0..100 {
-        group.step();
-    }
-    let sums: Vec<_> = group.members.iter().map(|m| (m.machine().checksum(), m.machine().revision())).collect();
-    assert!(sums.iter().all(|s| *s == sums[0] && s.1.0 > 20), "{sums:?}");
-}
-
-#[test]
-fn a_deposed_leader_neither_renews_nor_expires() {
-    let mut group = Group::new();
-    let first = group.leader();
-    let create = Txn::of(Op::SessionCreate(session(5, 3_000)));
-    let created = group.members[first].submit(create).unwrap();
-    assert!((0..20).any(|_| group.step().iter().any(|(t, _)| *t == created)));
-    group.cut = vec![first];
-    let at_deposed = group.members[first].renew(SessionId(5));
-    let mut deposed_said = Vec::new();
-    let mut second = None;
-    for step in 0..80 {
-        if second.is_none() {
-            second = (0..3).find(|i| *i != first && group.members[*i].is_leader());
-        }
-        let renewal = second.filter(|_| step % 5 == 0).map(|leader| group.members[leader].renew(SessionId(5)));
-        let answers = group.step();
-        deposed_said.extend(answers.iter().filter(|(t, _)| *t == at_deposed).map(|(_, a)| a.clone()));
-        if let Some((_, Answer::Renewed(result))) = answers.iter().find(|(t, _)| Some(*t) == renewal) {
-            assert!(result.is_ok(), "step {step}: {result:?}");
-        }
-    }
-    assert!(matches!(deposed_said[..], [Answer::Refused(Refusal::NoQuorum)]), "{deposed_said:?}");
-    group.cut.clear();
-    let second = second.unwrap();
-    for _ in 0..10 {
-        group.members[second].renew(SessionId(5));
-        group.step();
-    }
-    for member in &group.members {
-        assert!(member.machine().session(SessionId(5)).is_some(), "nobody ended it: it was renewed all the time");
-    }
 }
 
 /// One sync for each hand-over of a contended lock: whoever only joins the queue does not have one of its own in front of the next release.
