@@ -49,7 +49,7 @@ pub mod etcd {
 
 /// The native protocol.
 pub mod tenure {
-    /// Version 1: sessions, locks, keys, the pipeline, status, errors.
+    /// Version 1: sessions, locks, keys, the pipeline, members, status, errors.
     #[allow(clippy::all, rustdoc::all, unreachable_pub)]
     pub mod v1 {
         include!("gen/tenure.v1.rs");
@@ -99,6 +99,7 @@ mod tests {
         check("v3electionpb.Election", "Observe", Some("post /v3/election/observe *"));
         check("tenure.v1.Locks", "Acquire", Some("post /v1/locks:acquire *"));
         check("tenure.v1.Locks", "Get", Some("get /v1/locks/{name=**}"));
+        check("tenure.v1.Members", "MoveLeader", Some("post /v1/members:move-leader *"));
         check("tenure.v1.Pipeline", "Stream", None);
     }
 
@@ -128,7 +129,7 @@ mod tests {
                 seen += 1;
             }
         }
-        assert_eq!(seen, 16);
+        assert_eq!(seen, 24);
     }
 
     #[test]

@@ -1093,6 +1093,472 @@ pub mod locks_client {
         }
     }
 }
+/// A member as the answering one sees it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Member {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// host:port for the other members.
+    #[prost(string, tag = "3")]
+    pub peer: ::prost::alloc::string::String,
+    /// Where clients connect, as it told itself; empty until it came.
+    #[prost(string, repeated, tag = "4")]
+    pub client_urls: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What it is.
+    #[prost(enumeration = "MemberRole", tag = "5")]
+    pub role: i32,
+    /// What it should be; OUTSIDE for one that is being removed.
+    #[prost(enumeration = "MemberRole", tag = "6")]
+    pub wanted: i32,
+    /// The member that goes when this one becomes a voter; 0 is none.
+    #[prost(uint64, tag = "7")]
+    pub replaces: u64,
+    /// It leads, as far as the answering member knows.
+    #[prost(bool, tag = "8")]
+    pub leader: bool,
+    /// It has started at least once.
+    #[prost(bool, tag = "9")]
+    pub started: bool,
+    /// The answering member is connected with it, or is it.
+    #[prost(bool, tag = "10")]
+    pub connected: bool,
+    /// Since it was heard of last; absent if it was not.
+    #[prost(uint64, optional, tag = "11")]
+    pub heard_ms: ::core::option::Option<u64>,
+    /// Entries that it lacks; absent where the answering member cannot know.
+    #[prost(uint64, optional, tag = "12")]
+    pub lag: ::core::option::Option<u64>,
+    /// What it told about itself last; absent if it told nothing since it was connected.
+    #[prost(uint64, optional, tag = "13")]
+    pub disk_free_bytes: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "14")]
+    pub log_bytes: ::core::option::Option<u64>,
+    #[prost(uint64, optional, tag = "15")]
+    pub memory_used_bytes: ::core::option::Option<u64>,
+    /// Version of its program, and of the rules that it knows.
+    #[prost(string, tag = "16")]
+    pub version: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "17")]
+    pub behaviour_version: u32,
+    /// How much its clock is ahead of the answering member's; nothing rests on it.
+    #[prost(int64, tag = "18")]
+    pub clock_skew_ms: i64,
+    /// What is wrong with it, one sentence each.
+    #[prost(string, repeated, tag = "19")]
+    pub alarms: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberListRequest {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MemberListReply {
+    #[prost(uint64, tag = "1")]
+    pub cluster_id: u64,
+    /// Who answers.
+    #[prost(uint64, tag = "2")]
+    pub member_id: u64,
+    /// 0: none is known.
+    #[prost(uint64, tag = "3")]
+    pub leader: u64,
+    #[prost(uint64, tag = "4")]
+    pub raft_term: u64,
+    /// A leader that a majority follows is known. Without one, changes and consistent reads are refused with NO_QUORUM.
+    #[prost(bool, tag = "5")]
+    pub has_majority: bool,
+    /// By rising id.
+    #[prost(message, repeated, tag = "6")]
+    pub members: ::prost::alloc::vec::Vec<Member>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberAddRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// host:port where the others will find it.
+    #[prost(string, tag = "2")]
+    pub peer: ::prost::alloc::string::String,
+    /// It stays a learner until it is promoted.
+    #[prost(bool, tag = "3")]
+    pub learner: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberAddReply {
+    #[prost(message, optional, tag = "1")]
+    pub member: ::core::option::Option<Member>,
+    /// For `tenure serve --join`: whoever holds it can become this member. It is shown once.
+    #[prost(string, tag = "2")]
+    pub join_token: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberPromoteRequest {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Answer when it is done, or after five seconds; true unless given.
+    #[prost(bool, optional, tag = "2")]
+    pub wait: ::core::option::Option<bool>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberPromoteReply {
+    /// Otherwise it is under way and needs nothing more.
+    #[prost(bool, tag = "1")]
+    pub done: bool,
+    #[prost(message, optional, tag = "2")]
+    pub member: ::core::option::Option<Member>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberRemoveRequest {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Answer when it is done, or after five seconds; true unless given.
+    #[prost(bool, optional, tag = "2")]
+    pub wait: ::core::option::Option<bool>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberRemoveReply {
+    /// Otherwise it is under way and needs nothing more.
+    #[prost(bool, tag = "1")]
+    pub done: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberReplaceRequest {
+    /// Who goes.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Who comes. The address may be that of the one who goes.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub peer: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberUpdateRequest {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    #[prost(string, tag = "2")]
+    pub peer: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberUpdateReply {
+    #[prost(message, optional, tag = "1")]
+    pub member: ::core::option::Option<Member>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MoveLeaderRequest {
+    /// 0: whoever is furthest.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MoveLeaderReply {
+    /// Who leads now.
+    #[prost(uint64, tag = "1")]
+    pub leader: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberTokenRequest {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberTokenReply {
+    #[prost(string, tag = "1")]
+    pub join_token: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum MemberRole {
+    /// Not in the configuration: not yet, or not any more.
+    Outside = 0,
+    /// Is sent everything and decides nothing.
+    Learner = 1,
+    /// Counts for majorities, and may lead.
+    Voter = 2,
+}
+impl MemberRole {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Outside => "OUTSIDE",
+            Self::Learner => "LEARNER",
+            Self::Voter => "VOTER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "OUTSIDE" => Some(Self::Outside),
+            "LEARNER" => Some(Self::Learner),
+            "VOTER" => Some(Self::Voter),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod members_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct MembersClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> MembersClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> MembersClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            MembersClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Tells of every member as the answering one sees it. It never waits for others, so it answers without a majority too.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MemberListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MemberListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Members/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Members", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes a new member in. It is to be started with the token of the answer and an empty data folder, becomes a learner, and a voter by
+        /// itself when it has caught up, unless it is to stay a learner. Errors: CONFLICT (name or address in use), INVALID, QUOTA.
+        pub async fn add(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MemberAddRequest>,
+        ) -> std::result::Result<tonic::Response<super::MemberAddReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Members/Add");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Members", "Add"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes a learner a voter as soon as it has caught up. Errors: NOT_FOUND, INVALID (it is a voter).
+        pub async fn promote(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MemberPromoteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MemberPromoteReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Members/Promote",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Members", "Promote"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Removes a member for good; its process stops by itself. Errors: NOT_FOUND, INVALID (the only voter).
+        pub async fn remove(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MemberRemoveRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MemberRemoveReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Members/Remove");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Members", "Remove"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes a new member in for another one, dead or not: the other is a member until the new one has caught up, and goes in the very
+        /// change that makes the new one a voter. Errors as of Add, and NOT_FOUND, INVALID (the only voter).
+        pub async fn replace(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MemberReplaceRequest>,
+        ) -> std::result::Result<tonic::Response<super::MemberAddReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Members/Replace",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Members", "Replace"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Changes where the others find a member. A member tells its own address at each start, which then goes before this.
+        pub async fn update(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MemberUpdateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MemberUpdateReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Members/Update");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Members", "Update"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Hands leadership over. Only the leader can: others answer CONFLICT, with `leader` (an id) and `url` among the facts.
+        pub async fn move_leader(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MoveLeaderRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MoveLeaderReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Members/MoveLeader",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Members", "MoveLeader"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// A join token for a member that was added through the etcd API, which has no place for one. Errors: NOT_FOUND, INVALID (it has
+        /// come already, or was given a token of its own when it was added).
+        pub async fn token(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MemberTokenRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MemberTokenReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Members/Token");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Members", "Token"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SessionCreateRequest {
     /// 0 is 15,000. At least 1,000 (or 1.5 election timeouts, if more: the answer tells what was granted), at most 86,400,000.
@@ -1576,7 +2042,7 @@ pub mod sessions_client {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StatusGetRequest {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StatusGetReply {
     #[prost(uint64, tag = "1")]
     pub member_id: u64,
@@ -1632,11 +2098,34 @@ pub struct StatusGetReply {
     pub waiters: u64,
     #[prost(uint64, tag = "23")]
     pub watchers: u64,
-    /// What is wrong, by stable names such as NOSPACE and CORRUPT; empty when nothing is.
+    /// What is wrong, by stable names such as NOSPACE and CLOCK_SKEW; empty when nothing is.
     #[prost(string, repeated, tag = "24")]
     pub alarms: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(uint64, tag = "25")]
     pub uptime_ms: u64,
+    /// What this member is in the cluster; a leader is a voter.
+    #[prost(enumeration = "MemberRole", tag = "26")]
+    pub role: i32,
+    /// A leader that a majority follows is known. Without one, changes and consistent reads are refused with NO_QUORUM.
+    #[prost(bool, tag = "27")]
+    pub has_majority: bool,
+    /// Leadership is being handed to another member.
+    #[prost(bool, tag = "28")]
+    pub handing_over: bool,
+    /// Room on the disk of the data folder.
+    #[prost(uint64, tag = "29")]
+    pub disk_free_bytes: u64,
+    /// Of a snapshot of another member that is being fetched: what is here, and all of it. Zero when there is none.
+    #[prost(uint64, tag = "30")]
+    pub fetched_bytes: u64,
+    #[prost(uint64, tag = "31")]
+    pub fetch_bytes: u64,
+    /// The alarms, one sentence each.
+    #[prost(string, repeated, tag = "32")]
+    pub alarm_texts: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Every member as this one sees it, by rising id; this one too.
+    #[prost(message, repeated, tag = "33")]
+    pub members: ::prost::alloc::vec::Vec<Member>,
 }
 /// Generated client implementations.
 #[cfg(feature = "client")]
