@@ -7,6 +7,7 @@
 
 use crate::disk::Disk;
 use crate::fault::OpenError;
+use tenure_machine::MemberId;
 
 pub(crate) const FILE: &str = "identity";
 pub(crate) const TEMPORARY: &str = "identity.tmp";
@@ -21,6 +22,60 @@ pub(crate) struct Identity {
     /// What people call the member. Nothing rests on it: the id is who it is.
     pub(crate) name: String,
     pub(crate) storage: [u8; 16],
+}
+
+/// The id of the member that a folder is of, if it is of one of this name and cluster. A folder keeps the id that it was made with, so a
+/// member that once joined by a token needs none to start again.
+pub fn owner_of(disk: &mut dyn Disk, cluster: &str, name: &str) -> Result<Option<MemberId>, OpenError> {
+    let io = |doing| move |error| OpenError::Io { doing, file: FILE.to_owned(), error };
+    if !disk.list().map_err(io("list the folder of"))?.iter().any(|name| name == FILE) {
+        return Ok(None);
+    }
+    let bytes = disk.read(FILE, 0, 1 << 16).map_err(io("read"))?;
+    let found = Written::read(&bytes)?;
+    let same = found.cluster == cluster.escape_default().to_string() && found.name == name.escape_default().to_string();
+    Ok(same.then_some(MemberId(found.member)))
+}
+
+/// The file as it is written: with texts escaped.
+struct Written {
+    cluster: String,
+    member: u64,
+    name: String,
+    storage: [u8; 16],
+}
+
+impl Written {
+    fn read(bytes: &[u8]) -> Result<Self, OpenError> {
+        let other = |why: &str| OpenError::OtherFormat { file: FILE.to_owned(), why: why.to_owned() };
+        let text = std::str::from_utf8(bytes).map_err(|_| other("it is not text"))?;
+        let mut lines = text.lines();
+        let format = lines
+            .next()
+            .and_then(|l| l.strip_prefix(FIRST_LINE))
+            .ok_or_else(|| other("it does not begin as ours does"))?;
+        if format != FORMAT.to_string() {
+            return Err(other(&format!("format {format}, this release reads format {FORMAT}")));
+        }
+        let mut field =
+            |name: &str| lines.next().and_then(|l| l.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned));
+        let damaged = || OpenError::Damaged {
+            file: FILE.to_owned(),
+            offset: 0,
+            why: "its lines or its checksum are wrong".to_owned(),
+        };
+        let (cluster, member) = (field("cluster").ok_or_else(damaged)?, field("member").ok_or_else(damaged)?);
+        let name = field("name").ok_or_else(damaged)?;
+        let storage = field("storage").as_deref().and_then(unhex).ok_or_else(damaged)?;
+        let crc = field("crc32c").and_then(|s| u32::from_str_radix(&s, 16).ok()).ok_or_else(damaged)?;
+        // The checksum is the last line; the cluster's name may hold the same word.
+        let body = text.rfind("\ncrc32c ").ok_or_else(damaged)? + 1;
+        if crc32c::crc32c(&bytes[..body]) != crc {
+            return Err(damaged());
+        }
+        let member = member.parse().map_err(|_| damaged())?;
+        Ok(Self { cluster, member, name, storage })
+    }
 }
 
 impl Identity {
@@ -40,45 +95,19 @@ impl Identity {
 
     /// Compares the file with who this member is, and gives what it says.
     pub(crate) fn check(bytes: &[u8], cluster: &str, member: u64, name: &str) -> Result<Self, OpenError> {
-        let other = |why: &str| OpenError::OtherFormat { file: FILE.to_owned(), why: why.to_owned() };
-        let text = std::str::from_utf8(bytes).map_err(|_| other("it is not text"))?;
-        let mut lines = text.lines();
-        let format = lines
-            .next()
-            .and_then(|l| l.strip_prefix(FIRST_LINE))
-            .ok_or_else(|| other("it does not begin as ours does"))?;
-        if format != FORMAT.to_string() {
-            return Err(other(&format!("format {format}, this release reads format {FORMAT}")));
+        let found = Written::read(bytes)?;
+        if found.cluster != cluster.escape_default().to_string() {
+            return Err(OpenError::OtherCluster { found: found.cluster, wanted: cluster.to_owned() });
         }
-        let mut field =
-            |name: &str| lines.next().and_then(|l| l.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned));
-        let damaged = || OpenError::Damaged {
-            file: FILE.to_owned(),
-            offset: 0,
-            why: "its lines or its checksum are wrong".to_owned(),
-        };
-        let (found_cluster, found_member) =
-            (field("cluster").ok_or_else(damaged)?, field("member").ok_or_else(damaged)?);
-        let found_name = field("name").ok_or_else(damaged)?;
-        let storage = field("storage").as_deref().and_then(unhex).ok_or_else(damaged)?;
-        let crc = field("crc32c").and_then(|s| u32::from_str_radix(&s, 16).ok()).ok_or_else(damaged)?;
-        // The checksum is the last line; the cluster's name may hold the same word.
-        let body = text.rfind("\ncrc32c ").ok_or_else(damaged)? + 1;
-        if crc32c::crc32c(&bytes[..body]) != crc {
-            return Err(damaged());
-        }
-        if found_cluster != cluster.escape_default().to_string() {
-            return Err(OpenError::OtherCluster { found: found_cluster, wanted: cluster.to_owned() });
-        }
-        let found_member: u64 = found_member.parse().map_err(|_| damaged())?;
-        if found_member != member {
+        if found.member != member {
             return Err(OpenError::OtherMember {
-                found: found_member,
-                found_name,
+                found: found.member,
+                found_name: found.name,
                 wanted: member,
                 wanted_name: name.to_owned(),
             });
         }
+        let storage = found.storage;
         Ok(Self { cluster: cluster.to_owned(), member, name: name.to_owned(), storage })
     }
 

@@ -31,6 +31,7 @@ pub use config::{AutoCompact, Config, Join, Sabotage};
 pub use disk::{Disk, MemoryDisk};
 pub use effects::{Alarm, Answer, Effects, PeerStatus, Refusal, Renewal, Role, Status};
 pub use fault::{Fault, OpenError};
+pub use identity::owner_of;
 pub use job::{Job, JobDone, Loaded, run_job};
 pub use member::{Member, join_digest};
 pub use peer::{Hello, Lane, PeerFacts, PeerRefusal};

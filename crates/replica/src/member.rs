@@ -60,6 +60,8 @@ const RIDE_MS: u64 = 2;
 const STAMP_NEAR_MS: u64 = 5_000;
 const STAMP_FAR_MS: u64 = 300_000;
 const NEAR_MS: u64 = 3_600_000;
+/// Comparisons of the members' states do not follow each other faster.
+const CHECK_EVERY_MS: u64 = 5_000;
 const COMPACT_EVERY_MS: u64 = 10_000;
 /// Free space is asked for this often, and at once when what was written since then leaves too little.
 const DISK_EVERY_MS: u64 = 1_000;
@@ -137,8 +139,7 @@ pub struct Member<D: Disk> {
     raise_at: u64,
     facts_at: u64,
     trouble_at: u64,
-    /// The entry whose checksum was proposed last.
-    checked_at: u64,
+    check_at: u64,
     incoming: Option<Incoming>,
     next_fetch: u64,
     /// A snapshot that the log goes on from, whose file has not got its name.
@@ -326,7 +327,7 @@ impl<D: Disk> Member<D> {
             raise_at: 0,
             facts_at: 0,
             trouble_at: 0,
-            checked_at: 0,
+            check_at: 0,
             incoming: None,
             next_fetch: 0,
             taken: None,
@@ -1048,10 +1049,11 @@ impl<D: Disk> Member<D> {
     /// Members compare what they made of the log: one that differs stops.
     fn due_checksum(&mut self) {
         if self.lead.as_ref().is_some_and(|l| l.serving)
+            && self.clock.elapsed() >= self.check_at
             && let Some(op) = self.machine.checksum_due()
-            && self.machine.position().index.0 > self.checked_at
         {
-            self.checked_at = self.machine.position().index.0;
+            // Due until one is applied: one under way is enough.
+            self.check_at = self.clock.elapsed() + CHECK_EVERY_MS;
             self.enqueue_lead(op);
         }
     }

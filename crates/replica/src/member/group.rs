@@ -384,7 +384,7 @@ impl<D: Disk> Member<D> {
         for record in self.machine.members() {
             let (id, is_voter, is_learner) =
                 (record.id, conf.voters.contains(&record.id.0), conf.learners.contains(&record.id.0));
-            match record.role {
+            match self.machine.member_wanted(id, |id| conf.voters.contains(&id.0)) {
                 MemberRole::Removed if is_voter || is_learner => {
                     if id == self.config.member {
                         gone = Some(id);

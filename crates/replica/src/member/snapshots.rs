@@ -179,6 +179,13 @@ impl<D: Disk> Member<D> {
         self.raft.mut_store().newest = Some(Offer { meta, bytes });
     }
 
+    /// Has one written soon. Gives the index that the newest one will have at least.
+    pub fn want_snapshot(&mut self) -> u64 {
+        let applied = self.machine.position().index.0;
+        self.snapshots.wanted |= self.snapshots.files.last().is_none_or(|f| f.0 < applied);
+        applied
+    }
+
     /// Two snapshots stay, and the log since the older of them; more only while somebody fetches one.
     pub(super) fn let_go(&mut self, out: &mut Effects) {
         if self.snapshots.files.len() >= SNAPSHOTS_KEPT {
