@@ -225,7 +225,10 @@ impl Judge {
                 name.escape_ascii()
             ));
         }
-        self.holdings.entry(name.to_vec()).or_default().push(Holding { session, token });
+        let all = self.holdings.entry(name.to_vec()).or_default();
+        if !all.iter().any(|h| (h.session, h.token) == (session, token)) {
+            all.push(Holding { session, token });
+        }
         self.check_holders(name, now_us)
     }
 

@@ -123,9 +123,12 @@ impl World {
 
     pub(super) fn mend(&mut self, mend: Mend) -> Result<(), String> {
         match mend {
-            Mend::Cuts(cuts) => cuts.iter().for_each(|cut| {
-                self.net.cuts.remove(cut);
-            }),
+            Mend::Cuts(cuts) => {
+                cuts.iter().for_each(|cut| {
+                    self.net.cuts.remove(cut);
+                });
+                self.look_at_cuts();
+            }
             Mend::Quality(quality) if !self.healing => self.net.quality = quality,
             Mend::Quality(_) => {}
             Mend::Room(node) => self.nodes[node].disk.set_room(None),
@@ -179,7 +182,8 @@ impl World {
         self.trace.say(|| format!("{} us: n{node} goes on", self.now));
         // What it owed its callers was owed by its own time, in which it did not run.
         let patience = 10 * self.shape.election_ms();
-        n.tickets.values_mut().for_each(|c| c.due_ms = c.due_ms.map(|due| due + patience));
+        let now = self.now;
+        n.tickets.values_mut().for_each(|c| (c.due_ms, c.since_us) = (c.due_ms.map(|due| due + patience), now));
         let backlog = std::mem::take(&mut n.backlog);
         backlog.into_iter().for_each(|(from, bytes)| n.arrive(from, bytes));
         n.poll_at = None;
@@ -261,6 +265,7 @@ impl World {
         self.report.partitions += 1;
         self.trace.say(|| format!("{} us: cut {cuts:?}", self.now));
         self.net.cuts.extend(cuts.iter().copied());
+        self.look_at_cuts();
         // Some notice that the other end is gone, some do not.
         if self.random.chance(1, 3) {
             let notice = (SECOND / 10, 4 * SECOND);
@@ -323,7 +328,9 @@ impl World {
     /// Whether the folder of one more member may be lost.
     fn may_lose(&self, node: usize) -> bool {
         let voters = self.voters();
-        let lost = |n: &&Node| matches!(n.fate, Fate::Damaged | Fate::Impostor) && voters.contains(&n.id);
+        let lost = |n: &&Node| {
+            (n.flipped || matches!(n.fate, Fate::Damaged | Fate::Impostor)) && voters.contains(&n.id)
+        };
         let lost = self.nodes.iter().filter(lost).count();
         !voters.contains(&self.nodes[node].id) && !voters.is_empty() || 2 * (lost + 1) < voters.len()
     }
@@ -577,6 +584,7 @@ impl World {
                 let cluster = self.best().map_or(0, |m| m.machine().cluster());
                 node.join = Some(self.join(cluster, secret));
                 self.nodes.push(node);
+                self.look_at_cuts();
                 let node = self.nodes.len() - 1;
                 let delay = self.random.between(10_000, 2 * SECOND);
                 self.later(delay, Event::Start(node));

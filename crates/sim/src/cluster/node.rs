@@ -53,6 +53,10 @@ pub(super) struct Node {
     /// A bit of the folder was flipped, and that shows.
     pub(super) flipped: bool,
     pub(super) led: bool,
+    /// The last entry at which its state was compared.
+    pub(super) judged_at: u64,
+    /// Since when nothing has passed between it and any other.
+    pub(super) alone_us: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +64,7 @@ pub(super) struct Caller {
     pub(super) call: u64,
     pub(super) attempt: u32,
     pub(super) since_us: u64,
-    /// When it must have been answered; waits for a lock have no such moment.
+    /// When it must have been answered in any case; waits for a lock have no such moment.
     pub(super) due_ms: Option<u64>,
 }
 
@@ -97,6 +101,8 @@ impl Node {
             boots: 0,
             flipped: false,
             led: false,
+            judged_at: 0,
+            alone_us: None,
         }
     }
 

@@ -29,6 +29,8 @@ pub(super) const SECOND: u64 = 1_000_000;
 const RECOVERY_US: u64 = 30 * SECOND;
 const TOKEN: &str = "simulated";
 const TRIES_MAX: u32 = 6;
+/// A leader that is there and does not answer is given up after so many election timeouts.
+const PATIENCE: u64 = 5;
 
 /// A bug that the run plays on purpose, to see that an oracle notices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -431,7 +433,7 @@ impl World {
                 n.boots = member.hello(0).boots;
                 n.member = Some(member);
                 n.starts += 1;
-                n.led = false;
+                (n.led, n.judged_at) = (false, 0);
                 let boot = n.boot;
                 let status = n.member.as_ref().map(Member::status);
                 self.trace.say(|| format!("{} us: n{node} starts as {boot:x}: {status:?}", self.now));
@@ -604,7 +606,11 @@ impl World {
         let n = &mut self.nodes[node];
         let Some(member) = &n.member else { return Ok(()) };
         let machine = member.machine();
-        self.judge.position(&n.name, machine)?;
+        let at = machine.position().index.0;
+        if at != n.judged_at {
+            n.judged_at = at;
+            self.judge.position(&n.name, machine)?;
+        }
         for over in self.judge.look(machine, self.step, self.now).map_err(|why| format!("n{node}: {why}"))? {
             self.locks.session_may_end(over, self.step);
             self.trace.say(|| format!("{} us: n{node} has ended session {over}", self.now));
@@ -686,13 +692,29 @@ impl World {
         ms * 100 / self.shape.election_ms()
     }
 
-    /// Whoever asks is told within an election timeout, be it that nobody knows.
+    /// Whoever asks is told within a while, and where nobody else can be reached within an election timeout, be it that nobody knows.
     fn check_patience(&self, node: usize) -> Result<(), String> {
         let n = &self.nodes[node];
         let now = n.clock.at(self.now).0;
-        match n.tickets.values().find(|c| c.due_ms.is_some_and(|due| due < now)) {
+        let quick_us = (self.shape.election_ms() * 3 / 2 + 3 * self.shape.tick_ms) * 1_000;
+        let quickly = |c: &Caller| n.alone_us.is_some_and(|since| self.now > since.max(c.since_us) + quick_us);
+        match n.tickets.values().find(|c| c.due_ms.is_some_and(|due| due < now || quickly(c))) {
             None => Ok(()),
-            Some(c) => Err(format!("n{node} leaves call {} without an answer since {} us", c.call, c.since_us)),
+            Some(c) => Err(format!(
+                "n{node} leaves call {} without an answer since {} us, alone since {:?}",
+                c.call, c.since_us, n.alone_us
+            )),
+        }
+    }
+
+    /// After the cuts have changed.
+    pub(super) fn look_at_cuts(&mut self) {
+        let count = self.nodes.len();
+        for node in 0..count {
+            let reached = |other: usize| self.net.passes(node, other) || self.net.passes(other, node);
+            let alone = count > 1 && (0..count).all(|other| other == node || !reached(other));
+            let since = &mut self.nodes[node].alone_us;
+            *since = alone.then(|| since.unwrap_or(self.now));
         }
     }
 
@@ -1052,7 +1074,7 @@ impl World {
         };
         match taken {
             Ok(ticket) => {
-                let patience = self.shape.election_ms() * 3 / 2 + 2 * self.shape.tick_ms + 50;
+                let patience = (PATIENCE + 1) * self.shape.election_ms() + 2 * self.shape.tick_ms;
                 let due_ms = (!call.waits()).then(|| n.clock.at(self.now).0 + patience);
                 let caller = Caller { call: number, attempt, since_us: self.now, due_ms };
                 if n.tickets.insert(ticket, caller).is_some() {
@@ -1340,7 +1362,10 @@ impl World {
                 self.look_everywhere()
             }
             (What::Acquire { name, session }, Some(OpReply::LockGranted(grant))) => {
-                self.locks.granted(name, grant.token, *session, call.number, call.token_before)?;
+                // A caller whose answer was skipped by a snapshot is told what its session holds, be it by an earlier call.
+                if !reply.replayed {
+                    self.locks.granted(name, grant.token, *session, call.number, call.token_before)?;
+                }
                 self.judge.holds(name, *session, grant.token, self.now)?;
                 if self.options.bug == Some(Bug::SecondHolder) {
                     self.locks.granted(name, grant.token, SessionId(session.0 + 1), call.number + 1, None)?;
@@ -1385,6 +1410,7 @@ impl World {
         self.healing = true;
         self.net.quality = Quality::GOOD;
         self.net.cuts.clear();
+        self.look_at_cuts();
         self.people.iter_mut().for_each(|p| p.state.renews = false);
         for node in 0..self.nodes.len() {
             self.restore(node)?;
@@ -1453,8 +1479,8 @@ impl World {
             Some(m) => {
                 let s = m.status();
                 format!(
-                    "{} {} {:?} {:?} term {} leader {:?} committed {} applied {} last {} voters {:?} alarms {:?}",
-                    n.name, n.id, n.fate, s.role, s.term, s.leader, s.committed, s.applied, s.last_index, s.voters, s.alarms
+                    "{} {} {:?} {:?} term {} leader {:?} committed {} applied {} last {} voters {:?} learners {:?}",
+                    n.name, n.id, n.fate, s.role, s.term, s.leader, s.committed, s.applied, s.last_index, s.voters, s.learners
                 )
             }
         });

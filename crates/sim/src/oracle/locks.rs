@@ -112,17 +112,6 @@ impl Locks {
                     ));
                 }
             }
-            if let Some(((name, token), Grant { released: Some(released), .. })) = before
-                && *name == at.0
-                && at.1.0 < *released
-            {
-                return Err(format!(
-                    "lock {} was held under {token} until {released} and was granted to session {} under {}",
-                    name.escape_ascii(),
-                    grant.session,
-                    at.1
-                ));
-            }
             before = Some((at, grant));
         }
         for (name, token, revision) in &self.fenced {
