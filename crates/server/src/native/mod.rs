@@ -1,4 +1,4 @@
-//! The native face: sessions, locks, keys, status and the pipeline of `tenure.v1`.
+//! The native face: sessions, locks, keys, members, status and the pipeline of `tenure.v1`.
 //!
 //! Promises. N1: a call means the same alone and in a pipeline: one function turns a request into a [`Plan`], one turns what came back
 //! into the answer. N2: nothing is filled in that a caller did not ask for; what contradicts itself is INVALID with the field's name.
@@ -7,6 +7,7 @@
 
 pub(crate) mod kv;
 pub(crate) mod locks;
+pub(crate) mod members;
 pub(crate) mod sessions;
 pub(crate) mod status;
 pub(crate) mod stream;
@@ -98,6 +99,7 @@ impl Caller {
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     kv::mount(router, context);
     locks::mount(router, context);
+    members::mount(router, context);
     sessions::mount(router, context);
     status::mount(router, context);
     stream::mount(router, context);

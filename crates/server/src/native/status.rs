@@ -2,7 +2,7 @@
 
 use tenure_wire::tenure::v1;
 
-use super::Refused;
+use super::{Refused, members};
 use super::sessions::{native_unary, query};
 use crate::Context;
 use crate::driver::View;
@@ -21,7 +21,6 @@ async fn get(context: Context, _: v1::StatusGetRequest) -> Result<v1::StatusGetR
         let (memory, counts) = (machine.memory(), machine.counts());
         v1::StatusGetReply {
             member_id: status.member.0,
-            name: status.name,
             cluster_id: machine.cluster(),
             issuer_id: machine.issuer().iter().map(|byte| format!("{byte:02x}")).collect(),
             leader: status.leader.map_or(0, |leader| leader.0),
@@ -45,6 +44,15 @@ async fn get(context: Context, _: v1::StatusGetRequest) -> Result<v1::StatusGetR
             watchers,
             alarms: status.alarms.iter().map(|alarm| alarm_name(alarm).to_owned()).collect(),
             uptime_ms,
+            role: members::role_of(&status, status.member).into(),
+            has_majority: members::has_majority(&status),
+            handing_over: status.handing_over,
+            disk_free_bytes: status.disk_free,
+            fetched_bytes: status.fetching.map_or(0, |(here, _)| here),
+            fetch_bytes: status.fetching.map_or(0, |(_, all)| all),
+            alarm_texts: status.alarms.iter().map(ToString::to_string).collect(),
+            members: members::shown(&status, memory.used),
+            name: status.name,
         }
     };
     query(&context, true, look).await
@@ -58,5 +66,7 @@ pub(crate) fn alarm_name(alarm: &tenure_replica::Alarm) -> &'static str {
         Alarm::JobFailed { .. } => "JOB_FAILED",
         Alarm::SnapshotDamaged { .. } => "SNAPSHOT_DAMAGED",
         Alarm::TornTail { .. } => "TORN_TAIL",
+        Alarm::ClockSkew { .. } => "CLOCK_SKEW",
+        Alarm::Peer { .. } => "PEER",
     }
 }
