@@ -10,6 +10,7 @@
 //! keeps. The consensus library is named in this crate and nowhere else.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod backup;
 mod clock;
 mod config;
 mod disk;
@@ -26,6 +27,7 @@ mod sessions;
 mod snapshot;
 mod store;
 
+pub use backup::{Backup, BackupError, Restore, revision_at};
 pub use clock::Millis;
 pub use config::{AutoCompact, Config, Join, Sabotage};
 pub use disk::{Disk, MemoryDisk};

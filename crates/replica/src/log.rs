@@ -207,9 +207,23 @@ impl Log {
         sizes: Sizes,
         conf: ConfState,
     ) -> Result<Self, OpenError> {
+        Self::create_behind(disk, identity, sizes, conf, (0, 0))
+    }
+
+    /// The same, behind a snapshot of what is up to entry `before`, index and term, and is committed.
+    pub(crate) fn create_behind(
+        disk: &mut dyn Disk,
+        identity: &Identity,
+        sizes: Sizes,
+        conf: ConfState,
+        before: (u64, u64),
+    ) -> Result<Self, OpenError> {
         let mut log = Self::empty(identity.clone(), sizes, 1);
-        log.conf = (0, conf);
-        log.begin(disk, (0, 0), (0, 0), &[])?;
+        log.conf = (before.0, conf);
+        log.hard_state = HardState { term: before.1, vote: 0, commit: before.0 };
+        log.durable_commit = before.0;
+        (log.last, log.pending_last) = (before, before);
+        log.begin(disk, (0, 0), before, &[])?;
         Ok(log)
     }
 
