@@ -118,18 +118,7 @@ impl Disk for FsDisk {
 
     fn read(&mut self, name: &str, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let file = self.file(name)?;
-        let mut data = vec![0; len];
-        let mut filled = 0;
-        while filled < len {
-            match file.read_at(&mut data[filled..], offset + filled as u64) {
-                Ok(0) => break,
-                Ok(n) => filled += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        data.truncate(filled);
-        Ok(data)
+        read_at_most(&file, offset, len)
     }
 
     fn create(&mut self, name: &str, zeros: u64) -> io::Result<()> {
@@ -188,6 +177,22 @@ impl Disk for FsDisk {
         let stat = rustix::fs::fstatvfs(&self.shared.folder)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
+}
+
+/// Short at the end of the file.
+pub(crate) fn read_at_most(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+    let mut data = vec![0; len];
+    let mut filled = 0;
+    while filled < len {
+        match file.read_at(&mut data[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    data.truncate(filled);
+    Ok(data)
 }
 
 #[cfg(test)]
