@@ -130,7 +130,7 @@ pub struct Member<D: Disk> {
     complaints: Complaints,
     /// Registrations that a new leader found in its log and has not applied.
     unapplied_storage: BTreeMap<MemberId, [u8; 16]>,
-    /// The last entry that each leader was heard to have.
+    /// The last entry that the newest leader was heard to have on disk.
     leader_end: (MemberId, u64),
     registering: Option<u64>,
     register_at: u64,
@@ -145,6 +145,8 @@ pub struct Member<D: Disk> {
     /// A snapshot that the log goes on from, whose file has not got its name.
     taken: Option<(snapshot::Meta, u64)>,
     outgoing: Outgoing,
+    /// Since when a peer has not asked for a piece of what it was offered.
+    offers: BTreeMap<MemberId, u64>,
     jobs: Vec<Job>,
 
     next_read: u64,
@@ -332,6 +334,7 @@ impl<D: Disk> Member<D> {
             next_fetch: 0,
             taken: None,
             outgoing: Outgoing::default(),
+            offers: BTreeMap::new(),
             jobs: Vec::new(),
             next_read: READ_NUMBERS,
             asked: Round::default(),
@@ -597,6 +600,7 @@ impl<D: Disk> Member<D> {
             self.give_up_late();
             self.ask_late_reads();
             self.leave_full_disk();
+            self.watch_fetches();
             self.tell_facts();
         }
         let more = self.housekeeping(out)?;
@@ -625,7 +629,9 @@ impl<D: Disk> Member<D> {
                 continue;
             }
             if kind == MessageType::MsgAppend {
-                let end = message.entries.last().map_or(message.index, |e| e.index);
+                // Not the entries that it carries: those may not be on the leader's own disk. What it says is committed came back to it
+                // in a later poll than the one that synced it.
+                let end = message.commit;
                 self.leader_end = (from, if self.leader_end.0 == from { self.leader_end.1.max(end) } else { end });
             }
             let message = if kind == MessageType::MsgSnapshot { self.offered(from, message) } else { Some(message) };
@@ -1075,6 +1081,10 @@ impl<D: Disk> Member<D> {
                     self.confirmed.push((self.raft.raft.raft_log.committed, round));
                     return;
                 }
+                if self.config.sabotage == Some(Sabotage::RenewWhenDeposed) {
+                    let renewals = std::mem::take(&mut self.asked.renewals);
+                    self.confirmed.push((0, Round { renewals, ..Round::default() }));
+                }
                 let round = Round { asked_at: u64::MAX / 2, ..std::mem::take(&mut self.asked) };
                 self.rounds.insert(number, round);
                 self.raft.read_index(number.to_le_bytes().to_vec());
@@ -1180,6 +1190,7 @@ impl<D: Disk> Member<D> {
             return Err(Fault::Machine(tenure_machine::Fault::UnknownBehaviour { index, behaviour, known }));
         }
         let (origin, count) = (batch.origin, batch.txns.len() as u64);
+        let batch = self.sabotaged(batch);
         self.machine.apply(at, batch, &mut applied)?;
         self.arrived(origin, count);
         out.changes.append(&mut applied.changes);
@@ -1199,6 +1210,16 @@ impl<D: Disk> Member<D> {
         }
         self.applied = applied;
         Ok(())
+    }
+
+    /// What a simulated member with a bug makes of an entry.
+    fn sabotaged(&self, mut batch: Batch) -> Batch {
+        match self.config.sabotage {
+            Some(Sabotage::LocalFlagInApply) => drop(batch.txns.pop()),
+            Some(Sabotage::ApplyTwice) => batch.txns.extend(batch.txns.first().cloned()),
+            _ => {}
+        }
+        batch
     }
 
     /// The batch that this member proposed and this entry is, if it is one.
@@ -1247,6 +1268,7 @@ impl<D: Disk> Member<D> {
         store.members_changed = true;
         self.set_jitter();
         self.reconcile_at = 0;
+        self.notice_removal();
         Ok(())
     }
 

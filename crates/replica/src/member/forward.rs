@@ -66,7 +66,8 @@ pub(super) struct Remembered {
 impl Remembered {
     fn of(txn: &Txn) -> Option<Self> {
         let acquire = match txn.then.as_slice() {
-            [Op::LockAcquire(a)] if a.create.is_none() => Some((txn.namespace, a.clone())),
+            // Without an owner of its own, a grant of the session could be another call's.
+            [Op::LockAcquire(a)] if a.create.is_none() && !a.owner.is_empty() => Some((txn.namespace, a.clone())),
             _ => None,
         };
         (acquire.is_some() || txn.request.is_some()).then(|| Self {

@@ -20,6 +20,9 @@ const RECONCILE_MS: u64 = 200;
 const FACTS_MS: u64 = 1_000;
 /// A learner that lacks no more entries than this has caught up.
 const CLOSE_ENTRIES: u64 = 256;
+const BOOT_BITS: u32 = 16;
+/// A peer that should fetch a snapshot and has not asked for a piece for so long is offered one anew.
+const FETCH_STALLS_MS: u64 = 5_000;
 /// Clocks of members may differ by this much before somebody should know.
 const SKEW_MS: u64 = 10_000;
 /// A leader whose disk is full looks for another leader this often.
@@ -51,7 +54,7 @@ impl<D: Disk> Member<D> {
             name: self.config.name.clone(),
             boot: self.config.boot,
             storage: self.identity.storage,
-            boots: self.log.life(),
+            boots: self.boots(),
             last_term,
             last_index,
             behaviour: self.config.behaviour,
@@ -59,6 +62,11 @@ impl<D: Disk> Member<D> {
             wall_ms,
             join: self.config.join.as_ref().map_or([0; 16], |j| j.secret),
         }
+    }
+
+    /// The number of this start of the folder, which only rises, and below it some bits of the life's own draw.
+    fn boots(&self) -> u64 {
+        self.log.life() << BOOT_BITS | self.config.boot & ((1 << BOOT_BITS) - 1)
     }
 
     /// Judges the hello of a connection, whoever made it. From then on that life of the peer is connected.
@@ -126,7 +134,11 @@ impl<D: Disk> Member<D> {
     fn judge_record(&self, hello: &Hello, record: &MemberRecord) -> Result<(), PeerRefusal> {
         let name = &record.name;
         let fatal = |why: String| Err(PeerRefusal { fatal: true, why });
-        if !record.is_live() {
+        let conf = &self.raft.store().conf_state;
+        let still_in =
+            [&conf.voters, &conf.learners, &conf.voters_outgoing].iter().any(|ids| ids.contains(&record.id.0));
+        // Until the configuration is without it, its vote may be needed for that.
+        if !record.is_live() && !still_in {
             return fatal(format!(
                 "member `{name}` was removed from the cluster; to come back it needs an empty folder and `tenure member add`"
             ));
@@ -150,7 +162,9 @@ impl<D: Disk> Member<D> {
                 "the join token of member `{name}` is not the one that was given out: use the newest"
             ));
         }
-        if hello.boots < record.boots || hello.last_index < self.known_end(record) {
+        // A folder that was put back may come to the number of the start that was registered, but not to its draw.
+        let same_start = hello.boots >> BOOT_BITS == record.boots >> BOOT_BITS && hello.boots != record.boots;
+        if hello.boots < record.boots || same_start || hello.last_index < self.known_end(record) {
             return fatal(format!(
                 "the data folder of member `{name}` is older than what the member has acknowledged: a copy was put back; put the newest folder in its place, or use `tenure member replace {name}`"
             ));
@@ -261,7 +275,7 @@ impl<D: Disk> Member<D> {
             return;
         }
         let Some(record) = self.machine.member(self.config.member).filter(|r| r.is_live()) else { return };
-        let boots = self.log.life();
+        let boots = self.boots();
         let same = record.storage == self.identity.storage
             && record.boots == boots
             && (self.own_address().is_empty() || *record.peer == *self.own_address())
@@ -291,12 +305,8 @@ impl<D: Disk> Member<D> {
             return;
         }
         self.registering = None;
-        if let Err(
-            rejection @ (Rejection::OtherStorage { .. }
-            | Rejection::RolledBack { .. }
-            | Rejection::MemberRemoved { .. }),
-        ) = result
-        {
+        // One that was removed goes when the configuration is without it: until then its vote may be needed.
+        if let Err(rejection @ (Rejection::OtherStorage { .. } | Rejection::RolledBack { .. })) = result {
             self.expelled = Some(rejection.to_string());
         }
     }
@@ -545,6 +555,50 @@ impl<D: Disk> Member<D> {
         let peers: Vec<MemberId> = self.links.keys().copied().collect();
         for peer in peers {
             self.post(peer, Lane::Messages, &PeerMessage::Facts(facts.clone()));
+        }
+    }
+
+    /// The configuration is without this member, and so is the table: it was removed.
+    pub(super) fn notice_removal(&mut self) {
+        let conf = &self.raft.store().conf_state;
+        let own = self.config.member;
+        let still_in = [&conf.voters, &conf.learners, &conf.voters_outgoing].iter().any(|ids| ids.contains(&own.0));
+        if !still_in
+            && let Some(record) = self.machine.member(own)
+            && self.machine.member_wanted(own, |id| conf.voters.contains(&id.0)) == MemberRole::Removed
+        {
+            self.expelled = Some(format!(
+                "member `{}` was removed from the cluster; to come back it needs an empty folder and `tenure member add`",
+                record.name
+            ));
+        }
+    }
+
+    /// The library waits for a word on each snapshot that it has offered; the word may have been lost.
+    pub(super) fn watch_fetches(&mut self) {
+        if self.lead.is_none() {
+            return;
+        }
+        let now = self.clock.elapsed();
+        let offered: Vec<(MemberId, u64)> = self
+            .raft
+            .raft
+            .prs()
+            .iter()
+            .filter(|(_, p)| p.state == raft::ProgressState::Snapshot)
+            .map(|(id, p)| (MemberId(*id), p.pending_snapshot))
+            .collect();
+        self.offers.retain(|id, _| offered.iter().any(|(peer, _)| peer == id));
+        for (peer, index) in offered {
+            let since = *self.offers.entry(peer).or_insert(now);
+            let facts = self.links.get(&peer).and_then(|l| l.facts.as_ref());
+            if facts.is_some_and(|f| f.last_index >= index) {
+                self.raft.report_snapshot(peer.0, raft::SnapshotStatus::Finish);
+                self.set_jitter();
+            } else if now >= since + FETCH_STALLS_MS {
+                self.offers.remove(&peer);
+                self.fetch_failed(peer);
+            }
         }
     }
 

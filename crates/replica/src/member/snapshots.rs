@@ -227,6 +227,7 @@ impl<D: Disk> Member<D> {
         let now = self.clock.elapsed();
         self.outgoing.fetched.retain(|_, at| now < *at + FETCH_MS);
         self.outgoing.fetched.insert(index, now);
+        self.offers.insert(from, now);
         if self.outgoing.queue.len() < QUEUE_MAX {
             self.outgoing.queue.push_back((from, index, offset, len.min(PIECE_BYTES)));
         }
@@ -274,6 +275,15 @@ impl<D: Disk> Member<D> {
             return Some(message);
         }
         let bytes = bytes.ok()?;
+        let now = self.clock.elapsed();
+        // A newer one does not stop what goes on well, or is here already: entries lead on from it too.
+        let goes_on = |i: &Incoming| match i.state {
+            Taking::Fetching => i.received > 0 && now < i.asked_at + 3 * PIECE_MS,
+            Taking::Loading | Taking::Loaded(_) | Taking::Handed(_) => true,
+        };
+        if self.incoming.as_ref().is_some_and(|i| i.index != index && i.from == from && goes_on(i)) {
+            return None;
+        }
         if let Some(incoming) = self.incoming.as_mut().filter(|i| i.index == index && i.bytes == bytes) {
             let known = incoming.message.get_snapshot().get_metadata().term;
             if known == term {
