@@ -14,12 +14,12 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tenure_machine::{
-    Counts, Key, Machine, Memory, OpReply, Range, RangeReply, Record, Rejection, Reply, Revision, SessionId,
+    Counts, Key, Machine, MemberId, Memory, OpReply, Range, RangeReply, Record, Rejection, Reply, Revision, SessionId,
     SessionToken, Span, Ticket, Txn, TxnReply,
 };
 use tenure_replica::{Alarm, Answer, Effects, Job, JobDone, Member, Millis, Refusal, Renewal, Status, run_job};
@@ -30,6 +30,7 @@ use crate::etcd::encode::Identity;
 use crate::metrics::DurationHistogram;
 use crate::native::stream::{PipeItem, PipeOut, PipeRequest, Pipes};
 use crate::native::{NativeRead, Outcome, ReadOut};
+use crate::peers::{PeerEvent, Peers};
 use crate::watch_hub::{Hub, StreamId, StreamOut, WatchCreate, WatchFacts};
 
 /// Requests that may wait for the driver. Beyond it callers are told to come back.
@@ -38,6 +39,8 @@ const QUEUE_MAX: usize = 16_384;
 const ROUND_MAX: usize = 4_096;
 /// Records of a long read that are gathered in one slice.
 const SLICE_RECORDS: usize = 1_000;
+/// A leader that stops waits at most so long for another one.
+const HAND_OVER_MS: u64 = 1_500;
 /// The thread comes round at least this often, for progress reports and streams that are gone.
 const IDLE_MS: u64 = 500;
 
@@ -115,6 +118,14 @@ enum Event {
         request: WatchRequest,
     },
     JobDone(JobDone),
+    Peer(PeerEvent),
+    HandOver {
+        to: Option<MemberId>,
+        reply: oneshot::Sender<Result<MemberId, Failure>>,
+    },
+    WantSnapshot {
+        reply: oneshot::Sender<u64>,
+    },
     /// Something outside may have made room for a long read.
     Nudge,
     EndStreams,
@@ -257,7 +268,7 @@ impl EventSender {
         self.events.send(event).map_err(|_| SendError::Disconnected)
     }
 
-    /// For the worker, which has one event per job under way: never refused.
+    /// For the worker, which has one event per job under way, and for peers, whose connections have allowances: never refused.
     fn send(&self, event: Event) -> Result<(), SendError> {
         self.load.len.fetch_add(1, Ordering::Relaxed);
         self.events.send(event).map_err(|_| SendError::Disconnected)
@@ -394,6 +405,29 @@ impl Handle {
         answer.await.unwrap_or(Err(Failure::Stopping))
     }
 
+    /// Asks the member to hand leadership to another. The answer is to whom; when it is done its status tells.
+    pub(crate) async fn hand_over(&self, to: Option<MemberId>) -> Result<MemberId, Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::HandOver { to, reply })?;
+        answer.await.unwrap_or(Err(Failure::Stopping))
+    }
+
+    /// Has a snapshot written. The answer is the index that the newest one will have at least, as the status tells.
+    pub(crate) async fn want_snapshot(&self) -> Result<u64, Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Event::WantSnapshot { reply })?;
+        answer.await.map_err(|_| Failure::Stopping)
+    }
+
+    /// Where the connections with other members put what comes.
+    pub(crate) fn tell_peer_event(&self) -> impl Fn(PeerEvent) + Send + Sync + 'static {
+        let events = self.events.clone();
+        move |event| {
+            // After the driver's end nobody is there to be told.
+            let _ = events.send(Event::Peer(event));
+        }
+    }
+
     pub(crate) async fn open_pipe(&self, out: Arc<PipeOut>) -> Result<u64, Failure> {
         let (reply, answer) = oneshot::channel();
         self.send_patiently(Event::PipeOpen { out, reply }).await?;
@@ -519,6 +553,12 @@ pub(crate) struct Driver {
     ending: tokio::sync::watch::Receiver<Option<Ending>>,
 }
 
+/// The way to other members: whom there is to talk to, and the connections once there are some.
+pub(crate) struct PeerDoor {
+    pub(crate) peers: Arc<OnceLock<Peers>>,
+    pub(crate) wanted: tokio::sync::watch::Sender<Vec<(MemberId, String, String)>>,
+}
+
 pub(crate) struct DriverConfig {
     /// Watch answers of at least this size are cut where the watcher allows it.
     pub(crate) fragment_bytes: usize,
@@ -531,6 +571,7 @@ impl Driver {
         member: Member<FsDisk>,
         disk: FsDisk,
         config: DriverConfig,
+        door: PeerDoor,
         ready: oneshot::Sender<()>,
     ) -> std::io::Result<Self> {
         let (events, queue) = event_queue(QUEUE_MAX);
@@ -554,7 +595,7 @@ impl Driver {
         let own = handle.clone();
         let thread = std::thread::Builder::new().name("driver".to_owned()).spawn(move || {
             let ending = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                Loop::new(member, &config, &own, jobs, mailbox, ready).run(&queue)
+                Loop::new(member, &config, &own, jobs, mailbox, door, ready).run(&queue)
             }))
             .unwrap_or_else(|_| {
                 Ending::Fault("the driver broke one of its own rules; see the message above".to_owned())
@@ -571,6 +612,18 @@ impl Driver {
         match ending.wait_for(Option::is_some).await {
             Ok(ending) => ending.clone().unwrap_or(Ending::Stopped),
             Err(_) => Ending::Fault("the driver is gone".to_owned()),
+        }
+    }
+
+    /// A leader hands over and waits until another leads; everybody is served meanwhile.
+    pub(crate) async fn begin_stop(&self) {
+        let limit = tokio::time::Instant::now() + Duration::from_millis(HAND_OVER_MS);
+        let leads = |view: &View<'_>| view.member.is_leader();
+        if self.handle.query(true, leads).await != Ok(true) || self.handle.hand_over(None).await.is_err() {
+            return;
+        }
+        while tokio::time::Instant::now() < limit && self.handle.query(true, leads).await == Ok(true) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 
@@ -606,7 +659,11 @@ async fn deliver_mail(mut mail: tokio::sync::mpsc::UnboundedReceiver<Mail>) {
 
 /// Whether two alarms are one that goes on: how much is free changes all the time.
 fn is_same(one: &Alarm, other: &Alarm) -> bool {
-    matches!((one, other), (Alarm::DiskFull { .. }, Alarm::DiskFull { .. })) || one == other
+    match (one, other) {
+        (Alarm::DiskFull { .. }, Alarm::DiskFull { .. }) => true,
+        (Alarm::ClockSkew { member: one, .. }, Alarm::ClockSkew { member: other, .. }) => one == other,
+        _ => one == other,
+    }
 }
 
 /// Milliseconds of a clock that never goes back and stands still while the machine is suspended.
@@ -615,8 +672,19 @@ pub(crate) fn now() -> Millis {
     Millis(time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000)
 }
 
+/// Unix time, for people and warnings.
+fn wall_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
 struct Loop {
     member: Member<FsDisk>,
+    door: PeerDoor,
+    /// The version of the list of peers that the door has.
+    peers_version: Option<u64>,
+    /// Everything up to here was handed to watchers.
+    published: Revision,
     hub: Hub,
     pipes: Pipes,
     waiters: Waiters,
@@ -639,6 +707,20 @@ struct Loop {
     stopping: bool,
 }
 
+/// Messages leave while the member works: those of a leader before its own sync.
+fn poll(
+    member: &mut Member<FsDisk>,
+    door: &PeerDoor,
+    time: Millis,
+    effects: &mut Effects,
+) -> Result<(), tenure_replica::Fault> {
+    member.poll(time, effects, &mut |to, lane, bytes| {
+        if let Some(peers) = door.peers.get() {
+            peers.send(to, lane, bytes);
+        }
+    })
+}
+
 impl Loop {
     fn new(
         member: Member<FsDisk>,
@@ -646,6 +728,7 @@ impl Loop {
         handle: &Handle,
         jobs: std::sync::mpsc::Sender<Job>,
         mailbox: tokio::sync::mpsc::UnboundedSender<Mail>,
+        door: PeerDoor,
         ready: oneshot::Sender<()>,
     ) -> Self {
         let hub = Hub::new(
@@ -655,7 +738,10 @@ impl Loop {
             config.watch_progress_ms,
         );
         Self {
+            published: member.machine().revision(),
             member,
+            door,
+            peers_version: None,
             hub,
             pipes: Pipes::default(),
             waiters: Waiters::default(),
@@ -710,12 +796,12 @@ impl Loop {
         self.ask_ready();
         self.barrier();
         let time = now();
-        self.member.poll(time, &mut self.effects).map_err(|fault| fault.to_string())?;
-        self.learn_identity();
         let mut effects = std::mem::take(&mut self.effects);
+        poll(&mut self.member, &self.door, time, &mut effects).map_err(|fault| fault.to_string())?;
+        self.learn_identity();
+        self.tell_door();
         // D1: watchers first.
-        self.hub.publish(&effects.changes);
-        effects.changes.clear();
+        self.publish(&mut effects);
         for (ticket, answer) in effects.answers.drain(..) {
             self.answer(ticket, answer);
         }
@@ -723,7 +809,6 @@ impl Loop {
             // The worker ends only after this thread.
             let _ = self.jobs.send(job);
         }
-        effects.messages.clear();
         let wake_at = effects.wake_at;
         self.effects = effects;
         let busy = self.slices(time);
@@ -735,6 +820,54 @@ impl Loop {
         }
         let until = wake_at.map_or(IDLE_MS, |at| at.0.saturating_sub(now().0)).min(IDLE_MS);
         Ok(Duration::from_millis(until))
+    }
+
+    fn publish(&mut self, effects: &mut Effects) {
+        self.hub.publish(&effects.changes);
+        if std::mem::take(&mut effects.restored) {
+            // Changes of this poll may be from before the snapshot.
+            let last = effects.changes.last().map_or(self.published, |c| c.record.meta().mod_revision);
+            self.hub.restored(self.published.max(last));
+        }
+        self.published = self.member.machine().revision();
+        effects.changes.clear();
+    }
+
+    /// Tells the door whom to connect to, when that has changed.
+    fn tell_door(&mut self) {
+        let version = self.member.peers_version();
+        if self.peers_version != Some(version) {
+            self.peers_version = Some(version);
+            self.door.wanted.send_replace(self.member.peers());
+        }
+    }
+
+    fn peer_event(&mut self, event: PeerEvent) {
+        match event {
+            PeerEvent::OwnHello { reply } => {
+                let _ = reply.send(self.member.hello(wall_ms()));
+            }
+            PeerEvent::Greeting { hello, reply, .. } => {
+                let wall = wall_ms();
+                let judged = self.member.greet(&hello, wall).map(|()| self.member.hello(wall));
+                if let Err(refusal) = &judged {
+                    tracing::warn!(member = hello.name, "a member was refused: {refusal}");
+                }
+                let _ = reply.send(judged);
+            }
+            PeerEvent::Closed { member, boot, left: 0 } => self.member.hung_up(member, boot),
+            PeerEvent::Closed { .. } => {}
+            PeerEvent::Refused { by, refusal } => {
+                tracing::warn!(by = %by, "refused by a member: {refusal}");
+                self.member.turned_away(by, &refusal);
+            }
+            PeerEvent::Frames { from, frames, credit, .. } => {
+                for frame in &frames {
+                    self.member.receive(from, frame);
+                }
+                drop(credit);
+            }
+        }
     }
 
     /// The server is ready once one linearizable read has come through: an entry of the member's own term is applied then.
@@ -831,6 +964,13 @@ impl Loop {
                 WatchRequest::Close => self.hub.close(stream),
             },
             Event::JobDone(done) => self.member.job_done(done),
+            Event::Peer(event) => self.peer_event(event),
+            Event::HandOver { to, reply } => {
+                let _ = reply.send(self.member.hand_over(to).map_err(Failure::Refused));
+            }
+            Event::WantSnapshot { reply } => {
+                let _ = reply.send(self.member.want_snapshot());
+            }
             Event::Nudge => {}
             Event::EndStreams => {
                 self.hub.end_all();
@@ -841,9 +981,6 @@ impl Loop {
     }
 
     fn submit(&mut self, txn: Txn) -> Result<Ticket, Failure> {
-        if self.stopping {
-            return Err(Failure::Stopping);
-        }
         self.member.submit(txn).map_err(|refusal| {
             self.facts.failed.fetch_add(1, Ordering::Relaxed);
             Failure::Refused(refusal)
@@ -855,14 +992,7 @@ impl Loop {
             RenewBatch { answers: vec![None; sessions.len()], left: sessions.len(), failed: None, reply: Some(to) };
         let batch = Rc::new(RefCell::new(batch));
         for (place, &(session, token)) in sessions.iter().enumerate() {
-            // An owner of an ended incarnation must not keep its successor alive.
-            if token != 0 && self.member.machine().session(session).is_some_and(|live| live.token != token) {
-                let mut batch = batch.borrow_mut();
-                batch.answers[place] = Some(Err(Rejection::SessionExpired { session }));
-                batch.left -= 1;
-                continue;
-            }
-            let ticket = self.member.renew(session);
+            let ticket = self.member.renew(session, token);
             self.waiters.insert(ticket.number, Waiter::Renew { batch: batch.clone(), place });
         }
         if batch.borrow().left == 0 {
@@ -1121,9 +1251,14 @@ impl Loop {
 
     /// Ends well: what was proposed and not answered is unknown to its callers.
     fn stop(mut self) -> Ending {
-        let stopped = self.member.stop(now(), &mut self.effects);
-        let effects = std::mem::take(&mut self.effects);
-        self.hub.publish(&effects.changes);
+        let mut effects = std::mem::take(&mut self.effects);
+        let peers = self.door.peers.get().cloned();
+        let stopped = self.member.stop(now(), &mut effects, &mut |to, lane, bytes| {
+            if let Some(peers) = &peers {
+                peers.send(to, lane, bytes);
+            }
+        });
+        self.publish(&mut effects);
         for (ticket, answer) in effects.answers {
             self.answer(ticket, answer);
         }

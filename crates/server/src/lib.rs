@@ -1,26 +1,28 @@
 //! One member of Tenure with everything around it: sockets, disk, clock, the driver's thread and the doors.
 //!
-//! Promises. V1: `Server::start` returns once the member answers: an entry of its own term is applied. V2: what the doors acknowledge is
+//! Promises. V1: `Server::start` returns once a lone member answers: an entry of its own term is applied; a member of a group answers
+//! `/readyz` when it does. V2: what the doors acknowledge is
 //! applied and, unless `fsync` is off, on disk. V3: every refusal to start is one sentence that says what to do. V4: `stop` answers what
 //! is under way, or tells it as unknown, and leaves the folder closed.
 //! Not promised. Two servers on one folder: the second is refused.
-//! Leaves out. Peers, TLS and authentication: this member is alone, and reachable only where its operator lets it be.
+//! Leaves out. TLS and authentication of clients: the member is reachable only where its operator lets it be.
 //!
 //! A call's way: the front (`front/`) gives bytes to a service (`etcd/`, `native/`), which makes a transaction or a read of them and
 //! hands it to the driver (`driver.rs`); the driver owns the member, carries its effects out, and answers in batches.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod backup;
 mod disk_fs;
 mod driver;
 pub mod etcd;
 pub mod front;
 mod health;
+mod join_token;
 pub mod metrics;
 mod native;
 mod openapi;
 pub mod pages;
 // Nothing calls it yet.
-#[allow(dead_code, unused_imports, unreachable_pub)]
 mod peers;
 pub mod rpc;
 mod span_index;
@@ -31,7 +33,7 @@ mod watch_hub;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tenure_machine::{Limit, MemberId, MemoryLimits, Op, Txn};
@@ -43,9 +45,11 @@ use tokio::task::JoinHandle;
 pub use crate::disk_fs::FolderError;
 use crate::disk_fs::FsDisk;
 pub use crate::driver::Ending;
-use crate::driver::{Driver, DriverConfig, Handle};
+use crate::driver::{Driver, DriverConfig, Handle, PeerDoor};
 use crate::front::{Front, FrontConfig};
 pub use crate::pages::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
+pub use crate::peers::TlsFiles;
+use crate::peers::{PeerTls, Peers};
 
 /// etcd's allowance above the request limit for a message as it arrives.
 const MESSAGE_OVERHEAD_BYTES: usize = 512 << 10;
@@ -59,8 +63,12 @@ pub struct Config {
     pub listen: String,
     /// What clients are told to connect to; the listen address if `None`.
     pub advertise: Option<String>,
-    /// Where the other members connect. Told, not yet listened on.
+    /// Where the other members connect; listened on once there are some.
     pub peer_listen: String,
+    /// Certificates for the connections with other members.
+    pub peer_tls: Option<TlsFiles>,
+    /// What `tenure member add` printed: this is a new member of a running cluster.
+    pub join: Option<String>,
     /// `name=host:port` of every member, with or without a scheme. Empty: this one alone.
     pub cluster: Vec<String>,
     /// Separates clusters that were started with equal flags.
@@ -96,6 +104,8 @@ impl Default for Config {
             listen: "127.0.0.1:2379".to_owned(),
             advertise: None,
             peer_listen: "127.0.0.1:2380".to_owned(),
+            peer_tls: None,
+            join: None,
             cluster: Vec::new(),
             cluster_token: "tenure-cluster".to_owned(),
             insecure: false,
@@ -131,8 +141,16 @@ pub enum StartError {
         "{address} can be reached from other machines and nothing authenticates clients: listen on 127.0.0.1, or give --insecure"
     )]
     NotLoopback { address: SocketAddr },
-    #[error("a cluster of {0} members cannot be served yet: leave --cluster out")]
-    Cluster(usize),
+    #[error(
+        "{address} can be reached from other machines and nothing authenticates members: give --peer-cert, --peer-key and --peer-ca, or --insecure"
+    )]
+    PeerNotLoopback { address: SocketAddr },
+    #[error("--cluster: {0}")]
+    Cluster(String),
+    #[error("--join: {0}")]
+    Join(String),
+    #[error("the certificates for other members cannot be used: {0}")]
+    PeerTls(String),
     #[error("{0}")]
     Setting(String),
     #[error(transparent)]
@@ -153,6 +171,9 @@ pub enum StartError {
 pub struct Server {
     address: SocketAddr,
     driver: Arc<Driver>,
+    peers: Arc<OnceLock<Peers>>,
+    /// Proposals of the start, and the way to other members.
+    tasks: Vec<JoinHandle<()>>,
     stop_front: Mutex<Option<oneshot::Sender<()>>>,
     front: Mutex<Option<JoinHandle<io::Result<()>>>>,
 }
@@ -178,6 +199,10 @@ pub(crate) struct Settings {
     pub(crate) name: String,
     pub(crate) client_urls: Vec<String>,
     pub(crate) peer_urls: Vec<String>,
+    /// `host:port` for other members.
+    pub(crate) peer_address: String,
+    pub(crate) cluster_token: String,
+    pub(crate) data_dir: PathBuf,
     pub(crate) max_request_bytes: usize,
     pub(crate) max_txn_ops: usize,
     pub(crate) memory_hard_limit: u64,
@@ -201,21 +226,42 @@ impl Server {
             _ => StartError::Listen { address, error },
         })?;
         let address = listener.local_addr().map_err(|error| StartError::Listen { address, error })?;
-        let disk = FsDisk::open(&config.data_dir, config.fsync)?;
-        let member_config = member_config(&config)?;
+        let mut disk = FsDisk::open(&config.data_dir, config.fsync)?;
+        let member_config = member_config(&config, &mut disk, address)?;
+        let tls = config.peer_tls.clone().map(PeerTls::load).transpose().map_err(StartError::PeerTls)?;
+        let peer_listener = match member_config.peers.len() > 1 || member_config.join.is_some() {
+            true => Some(listen_for_peers(&config).await?),
+            false => None,
+        };
         let opened = disk.clone();
         // Reading a folder may take seconds; the runtime goes on meanwhile.
         let opening = tokio::task::spawn_blocking(move || Member::open(opened, member_config, driver::now()));
         let member = opening.await.map_err(|error| StartError::Fault(error.to_string()))??;
+        let is_alone = member.status().voters.len() == 1 && member.status().members.len() <= 1;
         let (ready, is_ready) = oneshot::channel();
-        let driver = Driver::start(member, disk, driver_config(&config), ready).map_err(StartError::Thread)?;
+        let peers = Arc::new(OnceLock::new());
+        let wanted = tokio::sync::watch::Sender::new(Vec::new());
+        let door = PeerDoor { peers: peers.clone(), wanted: wanted.clone() };
+        let driver = Driver::start(member, disk, driver_config(&config), door, ready).map_err(StartError::Thread)?;
         let driver = Arc::new(driver);
-        tokio::select! {
-            Ok(()) = is_ready => {}
-            ending = driver.ended() => return Err(StartError::Fault(ending.to_string())),
-        }
+        let connecting = keep_peers(config.clone(), peer_listener, tls, peers.clone(), wanted, driver.handle.clone());
+        let mut tasks = vec![tokio::spawn(connecting)];
         let context = Context { handle: driver.handle.clone(), settings: Arc::new(settings(&config, address)) };
-        propose_limits(&context, &config).await;
+        if is_alone {
+            tokio::select! {
+                Ok(()) = is_ready => {}
+                ending = driver.ended() => return Err(StartError::Fault(ending.to_string())),
+            }
+            propose_limits(&context, &config).await;
+        } else {
+            // Whoever is one of several says at once that it lives, and later that it is ready.
+            let (context, config) = (context.clone(), config.clone());
+            tasks.push(tokio::spawn(async move {
+                if is_ready.await.is_ok() {
+                    propose_limits(&context, &config).await;
+                }
+            }));
+        }
         let mut router = rpc::Router::new();
         etcd::mount(&mut router, &context);
         native::mount(&mut router, &context);
@@ -229,7 +275,8 @@ impl Server {
             };
             front.serve(listener, stop).await
         });
-        Ok(Self { address, driver, stop_front: Mutex::new(Some(stop_front)), front: Mutex::new(Some(front)) })
+        let (stop_front, front) = (Mutex::new(Some(stop_front)), Mutex::new(Some(front)));
+        Ok(Self { address, driver, peers, tasks, stop_front, front })
     }
 
     /// Where clients connect.
@@ -244,6 +291,8 @@ impl Server {
 
     /// Lets calls finish, then closes the folder. May be called again.
     pub async fn stop(&self) {
+        // Leadership goes first: whoever comes with the next request finds a leader.
+        self.driver.begin_stop().await;
         if let Some(stop) = self.stop_front.lock().await.take() {
             let _ = stop.send(());
         }
@@ -258,6 +307,10 @@ impl Server {
         if let Ending::Fault(why) = self.driver.stop().await {
             tracing::error!(why, "the member had stopped");
         }
+        self.tasks.iter().for_each(JoinHandle::abort);
+        if let Some(peers) = self.peers.get() {
+            peers.stop().await;
+        }
     }
 }
 
@@ -271,9 +324,6 @@ impl std::fmt::Display for Ending {
 }
 
 fn check(config: &Config) -> Result<(), StartError> {
-    if config.cluster.len() > 1 {
-        return Err(StartError::Cluster(config.cluster.len()));
-    }
     let wrong = |why: &str| Err(StartError::Setting(why.to_owned()));
     if config.memory_soft_limit > config.memory_hard_limit {
         return wrong("the soft memory limit is above the hard one: raise --memory-hard-limit");
@@ -292,22 +342,130 @@ fn check(config: &Config) -> Result<(), StartError> {
 
 fn resolve(listen: &str) -> Result<SocketAddr, StartError> {
     let wrong = |why: String| StartError::Address { address: listen.to_owned(), why };
-    let plain = listen.strip_prefix("http://").unwrap_or(listen);
-    let mut found = plain.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
+    let mut found = plain(listen).to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
     found.next().ok_or_else(|| wrong("the name has no address".to_owned()))
 }
 
-fn member_config(config: &Config) -> Result<tenure_replica::Config, StartError> {
+fn plain(address: &str) -> &str {
+    address.strip_prefix("http://").or_else(|| address.strip_prefix("https://")).unwrap_or(address)
+}
+
+/// The members of a static start: id, name and address.
+fn static_members(config: &Config) -> Result<Vec<(MemberId, String, String)>, StartError> {
+    let wrong = |why: String| StartError::Cluster(why);
+    let mut members: Vec<(MemberId, String, String)> = Vec::new();
+    for entry in &config.cluster {
+        let (name, address) = entry.split_once('=').ok_or_else(|| {
+            wrong(format!("`{entry}` is no member: write name=host:port, separated by commas"))
+        })?;
+        let address = plain(address);
+        if name.is_empty() || address.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
+            return Err(wrong(format!("`{entry}` is no member: write name=host:port")));
+        }
+        if members.iter().any(|(_, known, at)| known == name || at == address) {
+            return Err(wrong(format!("`{entry}` has the name or the address of another member")));
+        }
+        members.push((member_id(name, &config.cluster_token), name.to_owned(), address.to_owned()));
+    }
+    if members.is_empty() {
+        let own = plain(&config.peer_listen).to_owned();
+        members.push((member_id(&config.name, &config.cluster_token), config.name.clone(), own));
+    }
+    if !members.iter().any(|(_, name, _)| *name == config.name) {
+        return Err(wrong(format!("this member's name `{}` is not in the list: give it with --name", config.name)));
+    }
+    Ok(members)
+}
+
+async fn listen_for_peers(config: &Config) -> Result<TcpListener, StartError> {
+    let address = resolve(&config.peer_listen)?;
+    if !address.ip().is_loopback() && config.peer_tls.is_none() && !config.insecure {
+        return Err(StartError::PeerNotLoopback { address });
+    }
+    TcpListener::bind(address).await.map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => StartError::AddressInUse { address },
+        _ => StartError::Listen { address, error },
+    })
+}
+
+/// Connects to the members that there are, and listens for them from when there are some: a lone member needs no second port.
+async fn keep_peers(
+    config: Config,
+    listener: Option<TcpListener>,
+    tls: Option<PeerTls>,
+    cell: Arc<OnceLock<Peers>>,
+    wanted: tokio::sync::watch::Sender<Vec<(MemberId, String, String)>>,
+    handle: Handle,
+) {
+    let mut wanted = wanted.subscribe();
+    let listener = match listener {
+        Some(listener) => listener,
+        None => {
+            if wanted.wait_for(|peers| !peers.is_empty()).await.is_err() {
+                return;
+            }
+            loop {
+                match listen_for_peers(&config).await {
+                    Ok(listener) => break listener,
+                    Err(error) => tracing::error!("other members cannot connect: {error}; trying again"),
+                }
+                tokio::time::sleep(Duration::from_secs(2)).await;
+            }
+        }
+    };
+    let peers = Peers::start(listener, tls, handle.tell_peer_event());
+    let peers = cell.get_or_init(|| peers).clone();
+    loop {
+        let list = wanted.borrow_and_update().clone();
+        peers.set_peers(list);
+        if wanted.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn member_config(
+    config: &Config,
+    disk: &mut FsDisk,
+    address: SocketAddr,
+) -> Result<tenure_replica::Config, StartError> {
     let mut random = [0; 32];
     getrandom::fill(&mut random).map_err(StartError::Random)?;
     let number = |random: &[u8]| random.iter().fold(0u64, |n, &byte| n << 8 | u64::from(byte));
     let mut more = [0; 16];
     getrandom::fill(&mut more).map_err(StartError::Random)?;
     let ticks = |length: Duration| (length.as_millis() / config.tick.as_millis()).max(1);
-    let own = member_id(&config.name, &config.cluster_token);
+    let own_address = plain(&config.peer_listen).to_owned();
+    let mut cluster_token = config.cluster_token.clone();
+    let (mut own, mut peers, mut join) = (member_id(&config.name, &cluster_token), Vec::new(), None);
+    match &config.join {
+        Some(text) => {
+            let token = join_token::JoinToken::decode(text).map_err(StartError::Join)?;
+            if token.name != config.name {
+                let why = format!("the token is for a member called `{}`: start it with --name {0}", token.name);
+                return Err(StartError::Join(why));
+            }
+            cluster_token = token.cluster_token.clone();
+            own = token.member;
+            join = Some(token.join());
+        }
+        None => peers = static_members(config)?,
+    }
+    if let Some(known) = tenure_replica::owner_of(disk, &cluster_token, &config.name)?
+        && known != own
+    {
+        // A folder keeps the id that it was made with.
+        own = known;
+        peers.clear();
+    }
+    if peers.is_empty() {
+        peers.push((own, config.name.clone(), own_address));
+    }
     Ok(tenure_replica::Config {
-        cluster_token: config.cluster_token.clone(),
-        peers: vec![(own, config.name.clone(), config.peer_listen.clone())],
+        cluster_token,
+        peers,
+        join,
+        clients: vec![client_url(config, address)],
         tick_ms: config.tick.as_millis() as u64,
         election_ticks: ticks(config.election_timeout) as _,
         heartbeat_ticks: ticks(config.heartbeat) as _,
@@ -324,6 +482,11 @@ fn member_config(config: &Config) -> Result<tenure_replica::Config, StartError> 
         }),
         ..tenure_replica::Config::alone(own, &config.name, number(&more[8..]), random)
     })
+}
+
+fn client_url(config: &Config, address: SocketAddr) -> String {
+    let advertised = config.advertise.clone().unwrap_or_else(|| address.to_string());
+    if advertised.contains("://") { advertised } else { format!("http://{advertised}") }
 }
 
 /// An id that follows from name and token, so that every member of a static start computes the same (FNV-1a; never zero).
@@ -347,8 +510,11 @@ fn settings(config: &Config, address: SocketAddr) -> Settings {
     let url = |address: &str| if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     Settings {
         name: config.name.clone(),
-        client_urls: vec![url(config.advertise.as_deref().unwrap_or(&address.to_string()))],
+        client_urls: vec![client_url(config, address)],
         peer_urls: vec![url(&config.peer_listen)],
+        peer_address: plain(&config.peer_listen).to_owned(),
+        cluster_token: config.cluster_token.clone(),
+        data_dir: config.data_dir.clone(),
         max_request_bytes: config.max_request_bytes as usize,
         max_txn_ops: config.max_txn_ops as usize,
         memory_hard_limit: config.memory_hard_limit,

@@ -91,7 +91,7 @@ pub(crate) fn etcd_failure(failure: &Failure) -> Status {
         Failure::Stopping => STOPPED,
         Failure::Refused(refusal) => match refusal {
             Refusal::Overloaded => TOO_MANY_REQUESTS,
-            Refusal::NotLeader { .. } | Refusal::NoQuorum => NO_LEADER,
+            Refusal::NoQuorum => NO_LEADER,
             Refusal::Memory(_) | Refusal::DiskFull => NO_SPACE,
             Refusal::TooLarge { .. } => REQUEST_TOO_LARGE,
             Refusal::Stopping => STOPPED,
@@ -265,7 +265,7 @@ pub(crate) fn native_failure(failure: &Failure, kind: Kind) -> v1::Error {
             }
             e
         }
-        Failure::Refused(Refusal::NotLeader { .. } | Refusal::NoQuorum) => {
+        Failure::Refused(Refusal::NoQuorum) => {
             error("NO_QUORUM", "this member knows no leader with a majority".to_owned(), kind)
         }
         Failure::Refused(Refusal::Memory(overload)) => {

@@ -390,6 +390,17 @@ impl Hub {
         self.ask_for_room(stream_id);
     }
 
+    /// The state was replaced by a later one without the changes in between: whoever was in sync is caught up from history, or told
+    /// that it is gone. Everything up to `published` has been handed out.
+    pub(crate) fn restored(&mut self, published: Revision) {
+        for at in 0..self.watchers.len() as WatcherId {
+            let Some(watcher) = self.watchers[at as usize].as_ref().filter(|watcher| !watcher.is_behind) else { continue };
+            let (next, stream) = (watcher.next.max(published.next()), watcher.stream);
+            self.fall_behind(at, next);
+            self.start_catching(stream);
+        }
+    }
+
     /// Wakes this stream's catch-up when its task has sent enough. The queue may have run dry meanwhile, so look again.
     fn ask_for_room(&mut self, stream_id: StreamId) {
         let Some(stream) = self.streams.get(&stream_id) else { return };
