@@ -1,15 +1,21 @@
 //! etcd's Maintenance service: status, alarms, hashes; what has no meaning here succeeds or says what to use instead.
 
-use tenure_machine::{Key, NamespaceId, Revision, Space, Span};
-use tenure_replica::Alarm;
+use tenure_machine::{Key, MemberId, NamespaceId, Revision, Space, Span};
+use tenure_replica::{Alarm, Refusal, Role};
 use tenure_wire::etcd::etcdserverpb as pb;
 
 use super::{failed, unary};
 use crate::Context;
-use crate::driver::View;
-use crate::rpc::{Router, Status};
-use crate::status::{self, etcd_rejection};
+use crate::driver::{Failure, View};
+use crate::native::members::{WAIT, is_voter, until};
+use crate::rpc::{Code, Router, Status};
+use crate::status::{self, EtcdError, etcd_rejection};
 use crate::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
+
+const UNHEALTHY: EtcdError = EtcdError(Code::Unavailable, "etcdserver: unhealthy cluster");
+/// etcd's server has no gRPC error of its own for this, so its clients see the code Unknown.
+const TIMEOUT_LEADER_TRANSFER: EtcdError =
+    EtcdError(Code::Unknown, "etcdserver: request timed out, leader transfer took too long");
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     unary(router, context, "/etcdserverpb.Maintenance/Status", member_status);
@@ -47,7 +53,7 @@ async fn member_status(context: Context, _: pb::StatusRequest) -> Result<pb::Sta
         raft_applied_index: status.applied,
         errors,
         db_size_in_use: memory.used as i64,
-        is_learner: false,
+        is_learner: !is_voter(&status, status.member),
         storage_version: ETCD_CLUSTER_VERSION.to_owned(),
         db_size_quota: context.settings.memory_hard_limit as i64,
         downgrade_info: Some(pb::DowngradeInfo { enabled: false, target_version: String::new() }),
@@ -135,15 +141,29 @@ impl Fnv {
 }
 
 async fn move_leader(context: Context, request: pb::MoveLeaderRequest) -> Result<pb::MoveLeaderResponse, Status> {
-    let leader = context.query(true, |view| view.member.status().leader).await.map_err(failed)?;
-    if leader.map(|leader| leader.0) != Some(context.identity.member()) {
+    let status = context.query(true, |view| view.member.status()).await.map_err(failed)?;
+    if status.role != Role::Leader {
         return Err(status::NOT_LEADER.into());
     }
+    let to = MemberId(request.target_id);
     // Moving it to where it is succeeds, as in etcd.
-    if request.target_id != context.identity.member() {
+    if to == status.member {
+        return Ok(pb::MoveLeaderResponse { header: None });
+    }
+    if !is_voter(&status, to) {
         return Err(status::BAD_LEADER_TRANSFEREE.into());
     }
-    Ok(pb::MoveLeaderResponse { header: None })
+    match context.hand_over(Some(to)).await {
+        Ok(_) => {}
+        // It votes, but is not connected.
+        Err(Failure::Refused(Refusal::NoQuorum)) => return Err(UNHEALTHY.into()),
+        Err(failure) => return Err(failed(failure)),
+    }
+    let moved = move |status: &tenure_replica::Status| status.leader == Some(to);
+    match until(&context, WAIT, moved).await.map_err(failed)? {
+        true => Ok(pb::MoveLeaderResponse { header: None }),
+        false => Err(TIMEOUT_LEADER_TRANSFER.into()),
+    }
 }
 
 async fn downgrade(context: Context, request: pb::DowngradeRequest) -> Result<pb::DowngradeResponse, Status> {

@@ -9,6 +9,7 @@ pub(crate) mod kv;
 pub(crate) mod locks;
 pub(crate) mod members;
 pub(crate) mod sessions;
+mod snapshots;
 pub(crate) mod status;
 pub(crate) mod stream;
 
@@ -101,6 +102,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     locks::mount(router, context);
     members::mount(router, context);
     sessions::mount(router, context);
+    snapshots::mount(router, context);
     status::mount(router, context);
     stream::mount(router, context);
 }
