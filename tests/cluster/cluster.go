@@ -178,6 +178,14 @@ func (m *member) kill() {
 	}
 }
 
+// terminate asks the process to end in an orderly way.
+func (m *member) terminate() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.killed = true
+	return m.cmd.Process.Signal(syscall.SIGTERM)
+}
+
 // pause stops the process as a long stall would; resume lets it go on.
 func (m *member) pause() error {
 	m.mu.Lock()

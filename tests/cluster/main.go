@@ -129,14 +129,15 @@ func inside(o *options, folder string) (int, error) {
 
 // test counts the checks of one run.
 type test struct {
-	o       *options
-	rng     *rand.Rand
-	began   time.Time
-	cluster *cluster
-	history *history
-	gaps    []time.Duration // from kill -9 of a leader to the next acknowledged write
-	passed  int
-	failed  int
+	o         *options
+	rng       *rand.Rand
+	began     time.Time
+	cluster   *cluster
+	history   *history
+	gaps      []time.Duration // silences after kill -9 of a leader
+	handovers []time.Duration // ... after SIGTERM
+	passed    int
+	failed    int
 }
 
 // check counts one check; a failed one is told at once.
@@ -200,7 +201,8 @@ func (t *test) soak() error {
 		t.check(verdict.name, verdict.err())
 	}
 	fmt.Println(t.history.summary())
-	fmt.Println(gapSummary(t.gaps))
+	fmt.Println(gapSummary("SIGTERM", t.handovers))
+	fmt.Println(gapSummary("kill -9", t.gaps))
 	return nil
 }
 

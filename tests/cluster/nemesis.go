@@ -129,6 +129,7 @@ func catalogue() []fault {
 		{name: "the leader's cables flap", net: true, inject: (*nemesis).flap},
 		{name: "random cuts", net: true, inject: (*nemesis).randomCuts},
 		{name: "kill -9 of the leader", inject: (*nemesis).killLeader},
+		{name: "SIGTERM to the leader", inject: (*nemesis).stopLeader},
 		{name: "kill -9 of a follower", inject: func(n *nemesis, v victims) ([]int, error) {
 			n.cluster.members[v.others[0]].kill()
 			return append([]int{v.leader}, v.others[1:]...), nil
@@ -393,53 +394,116 @@ func (n *nemesis) fill(index int, others []int) error {
 	return nil
 }
 
-// killLeader kills the leader and measures how long no write is acknowledged: a put is sent to a survivor every ten milliseconds, and the first
-// acknowledgement of one that was sent after the kill counts.
+// killLeader kills the leader and measures the silence: until the first acknowledgement of a write that was sent after the kill.
 func (n *nemesis) killLeader(v victims) ([]int, error) {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	var kvs []pb.KVClient
-	for _, index := range v.others {
-		conn, err := n.cluster.dial(index)
-		if err != nil {
-			return nil, err
-		}
-		defer conn.Close()
-		kv := pb.NewKVClient(conn)
-		if _, err := kv.Range(ctx, &pb.RangeRequest{Key: []byte("failover"), Serializable: true}, grpc.WaitForReady(true)); err != nil {
-			return nil, err
-		}
-		kvs = append(kvs, kv)
+	p, err := n.probe(v.others)
+	if err != nil {
+		return nil, err
 	}
-	var group sync.WaitGroup
-	acknowledged := make(chan time.Time, 1)
+	defer p.stop()
 	n.pause(0, 50*time.Millisecond)
 	killed := time.Now()
 	n.cluster.members[v.leader].kill()
-	ticker := time.NewTicker(10 * time.Millisecond)
-	defer ticker.Stop()
 	deadline := time.After(2 * progressLimit)
-	defer group.Wait()
-	defer cancel()
-	for i := 0; ; i++ {
-		group.Go(func() {
-			if _, err := kvs[i%len(kvs)].Put(ctx, &pb.PutRequest{Key: []byte("failover"), Value: []byte("x")}); err == nil {
-				select {
-				case acknowledged <- time.Now():
-				default:
-				}
-			}
-		})
+	for {
 		select {
-		case at := <-acknowledged:
-			gap := at.Sub(killed)
+		case ack := <-p.acks:
+			if ack.sent.Before(killed) {
+				continue
+			}
+			gap := ack.at.Sub(killed)
 			n.test.gaps = append(n.test.gaps, gap)
 			n.note = fmt.Sprintf("; silence of %v", round(gap))
 			return v.others, nil
 		case <-deadline:
 			return nil, fmt.Errorf("no write is acknowledged within %v of the kill", 2*progressLimit)
-		case <-ticker.C:
 		}
+	}
+}
+
+// stopLeader asks the leader to end, as an operator does, and measures the longest time between two acknowledgements around its end.
+func (n *nemesis) stopLeader(v victims) ([]int, error) {
+	p, err := n.probe(v.others)
+	if err != nil {
+		return nil, err
+	}
+	defer p.stop()
+	m := n.cluster.members[v.leader]
+	n.pause(200*time.Millisecond, 250*time.Millisecond)
+	last, longest := (<-p.acks).at, time.Duration(0)
+	if err := m.terminate(); err != nil {
+		return nil, err
+	}
+	var over <-chan time.Time
+	ended, deadline := m.done, time.After(2*progressLimit)
+	for {
+		select {
+		case ack := <-p.acks:
+			if ack.at.After(last) {
+				longest, last = max(longest, ack.at.Sub(last)), ack.at
+			}
+		case <-ended:
+			ended, over = nil, time.After(2*time.Second)
+		case <-over:
+			longest = max(longest, time.Since(last))
+			n.test.handovers = append(n.test.handovers, longest)
+			n.note = fmt.Sprintf("; silence of %v", round(longest))
+			return v.others, nil
+		case <-deadline:
+			return nil, fmt.Errorf("%s has not ended %v after SIGTERM", m.name, 2*progressLimit)
+		}
+	}
+}
+
+// probe sends writes to these members in turn, one every five milliseconds, whatever became of the ones before.
+func (n *nemesis) probe(members []int) (*prober, error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	p := &prober{cancel: cancel, acks: make(chan ack, 1<<16)}
+	var kvs []pb.KVClient
+	for _, index := range members {
+		conn, err := n.cluster.dial(index)
+		if err != nil {
+			p.stop()
+			return nil, err
+		}
+		p.conns = append(p.conns, conn)
+		kv := pb.NewKVClient(conn)
+		if _, err := kv.Range(ctx, &pb.RangeRequest{Key: []byte("probe"), Serializable: true}, grpc.WaitForReady(true)); err != nil {
+			p.stop()
+			return nil, err
+		}
+		kvs = append(kvs, kv)
+	}
+	p.group.Go(func() {
+		ticker := time.NewTicker(5 * time.Millisecond)
+		defer ticker.Stop()
+		for i := 0; ctx.Err() == nil; i++ {
+			<-ticker.C
+			p.group.Go(func() {
+				sent := time.Now()
+				if _, err := kvs[i%len(kvs)].Put(ctx, &pb.PutRequest{Key: []byte("probe"), Value: []byte("x")}); err == nil {
+					p.acks <- ack{sent, time.Now()}
+				}
+			})
+		}
+	})
+	return p, nil
+}
+
+type prober struct {
+	cancel context.CancelFunc
+	group  sync.WaitGroup
+	conns  []*grpc.ClientConn
+	acks   chan ack
+}
+
+type ack struct{ sent, at time.Time }
+
+func (p *prober) stop() {
+	p.cancel()
+	p.group.Wait()
+	for _, conn := range p.conns {
+		conn.Close()
 	}
 }
 
@@ -584,12 +648,13 @@ func (n *nemesis) questions(index int, settled bool) map[string]func() error {
 	return questions
 }
 
-func gapSummary(gaps []time.Duration) string {
+// gapSummary tells the silences after one kind of end.
+func gapSummary(kind string, gaps []time.Duration) string {
 	if len(gaps) == 0 {
-		return "no leader was killed"
+		return fmt.Sprintf("no leader ended by %s", kind)
 	}
 	sorted := slices.Clone(gaps)
 	slices.Sort(sorted)
-	return fmt.Sprintf("from kill -9 of the leader to the next acknowledged write: median %v, max %v, of %d kills",
+	return fmt.Sprintf("silence after %s to the leader: median %v, max %v, of %d", kind,
 		sorted[len(sorted)/2].Round(time.Millisecond), sorted[len(sorted)-1].Round(time.Millisecond), len(sorted))
 }
