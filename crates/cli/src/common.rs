@@ -27,6 +27,8 @@ pub(crate) mod exit {
     pub(crate) const CANCELLED: u8 = 20;
     /// Wrong use: flags, names, sizes (EX_USAGE).
     pub(crate) const USAGE: u8 = 64;
+    /// A backup is damaged, or of another format (EX_DATAERR).
+    pub(crate) const DAMAGED: u8 = 65;
     /// The server cannot be reached, or has no majority (EX_UNAVAILABLE).
     pub(crate) const UNAVAILABLE: u8 = 69;
     /// The lock was lost while the command ran.

@@ -8,8 +8,11 @@ mod bench;
 mod common;
 mod kv;
 mod lock;
+mod member;
+mod restore;
 mod serve;
 mod session;
+mod snapshot;
 mod status;
 mod watch;
 
@@ -37,8 +40,10 @@ struct Cli {
 enum Command {
     /// Start the server in the foreground
     Serve(Box<serve::ServeArgs>),
-    /// Show how a member is
+    /// Show how the cluster is, and each of its members
     Status(status::StatusArgs),
+    /// List, add, promote, replace and remove members
+    Member(member::MemberArgs),
     /// Read and write keys
     Kv(kv::KvArgs),
     /// Follow changes of keys
@@ -47,6 +52,10 @@ enum Command {
     Session(session::SessionArgs),
     /// Run a command under a lock
     Lock(lock::LockArgs),
+    /// Save and check backups
+    Snapshot(snapshot::SnapshotArgs),
+    /// Make the folder of a new member from a backup
+    Restore(restore::RestoreArgs),
     /// Measure a server, alone or beside the real etcd
     Bench(bench::BenchArgs),
     /// Print the completion script of a shell
@@ -88,10 +97,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Serve(args) => serve::run(*args),
         Command::Status(args) => block_on(status::run(&common, args)),
+        Command::Member(args) => block_on(member::run(&common, args)),
         Command::Kv(args) => block_on(kv::run(&common, args)),
         Command::Watch(args) => block_on(watch::run(&common, args)),
         Command::Session(args) => block_on(session::run(&common, args)),
         Command::Lock(args) => block_on(lock::run(&common, args)),
+        Command::Snapshot(args) => block_on(snapshot::run(&common, args)),
+        Command::Restore(args) => restore::run(args),
         Command::Bench(args) => block_on(bench::run(&common, args)),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tenure", &mut std::io::stdout());

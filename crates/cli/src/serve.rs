@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use tenure_server::{Config, Server, StartError};
+use tenure_server::{Config, Server, StartError, TlsFiles};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ServeArgs {
@@ -31,12 +31,26 @@ pub(crate) struct ServeArgs {
     /// Address that clients are told to use; the listen address unless given
     #[arg(long, env = "TENURE_ADVERTISE", value_name = "HOST:PORT")]
     advertise: Option<String>,
-    /// Where the other members connect; kept for clusters, a lone member does not listen there
+    /// Where the other members connect; a lone member listens there once another is added
     #[arg(long, env = "TENURE_PEER_LISTEN", default_value = "127.0.0.1:2380", value_name = "HOST:PORT")]
     peer_listen: String,
-    /// Every member as name=host:port, comma separated; this one alone unless given
+    /// Every member of a new cluster as name=host:port, comma separated, the same on each; this one alone unless given
+    ///
+    /// Read when the data folder is empty. Later the members know each other; `tenure member` changes who belongs.
     #[arg(long, env = "TENURE_CLUSTER", value_delimiter = ',', value_name = "NAME=HOST:PORT,...")]
     cluster: Vec<String>,
+    /// What `tenure member add` or `replace` printed: start as a new member of a running cluster
+    #[arg(long, env = "TENURE_JOIN", value_name = "TOKEN", conflicts_with = "cluster")]
+    join: Option<String>,
+    /// Certificate of this member for the connections with other members, PEM; all three turn mutual TLS on
+    #[arg(long, env = "TENURE_PEER_CERT", value_name = "FILE", requires_all = ["peer_key", "peer_ca"])]
+    peer_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, env = "TENURE_PEER_KEY", value_name = "FILE", requires_all = ["peer_cert", "peer_ca"])]
+    peer_key: Option<PathBuf>,
+    /// Who signs the certificates of members, PEM: only those it signed are talked to
+    #[arg(long, env = "TENURE_PEER_CA", value_name = "FILE", requires_all = ["peer_cert", "peer_key"])]
+    peer_ca: Option<PathBuf>,
     /// Keeps clusters apart that were started with equal flags
     #[arg(long, env = "TENURE_CLUSTER_TOKEN", default_value = "tenure-cluster", value_name = "TEXT")]
     cluster_token: String,
@@ -187,6 +201,8 @@ fn config(args: &ServeArgs) -> Config {
         peer_listen: args.peer_listen.clone(),
         cluster: args.cluster.clone(),
         cluster_token: args.cluster_token.clone(),
+        join: args.join.clone(),
+        peer_tls: peer_tls(args),
         insecure: args.insecure,
         memory_soft_limit: args.memory_soft_limit,
         memory_hard_limit: args.memory_hard_limit,
@@ -202,6 +218,10 @@ fn config(args: &ServeArgs) -> Config {
         watch_progress_interval: args.watch_progress_interval,
         ..Config::default()
     }
+}
+
+fn peer_tls(args: &ServeArgs) -> Option<TlsFiles> {
+    Some(TlsFiles { cert: args.peer_cert.clone()?, key: args.peer_key.clone()?, ca: args.peer_ca.clone()? })
 }
 
 fn log_to_stderr(args: &ServeArgs) {
@@ -221,7 +241,9 @@ fn start_failure(error: StartError) -> Failure {
         StartError::AddressInUse { .. } => {
             Some("--listen HOST:PORT chooses another address, 127.0.0.1:0 any free port")
         }
-        StartError::NotLoopback { .. } => Some("only do so on a network where everybody may change everything"),
+        StartError::NotLoopback { .. } | StartError::PeerNotLoopback { .. } => {
+            Some("only do so on a network where everybody may change everything")
+        }
         StartError::Folder(_) | StartError::Member(_) => Some("--data-dir DIR chooses another folder"),
         _ => None,
     };
@@ -236,8 +258,11 @@ fn exit_of(error: &StartError) -> u8 {
     match error {
         StartError::Address { .. }
         | StartError::NotLoopback { .. }
+        | StartError::PeerNotLoopback { .. }
+        | StartError::PeerTls(_)
         | StartError::Setting(_)
-        | StartError::Cluster(_) => exit::USAGE,
+        | StartError::Cluster(_)
+        | StartError::Join(_) => exit::USAGE,
         _ => exit::FAILURE,
     }
 }

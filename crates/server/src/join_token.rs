@@ -61,11 +61,8 @@ struct Other {
 
 impl JoinToken {
     pub(crate) fn encode(&self) -> String {
-        let other = |(id, name, peer): &(MemberId, String, String)| Other {
-            id: id.0,
-            name: name.clone(),
-            peer: peer.clone(),
-        };
+        let other =
+            |(id, name, peer): &(MemberId, String, String)| Other { id: id.0, name: name.clone(), peer: peer.clone() };
         let wire = Wire {
             cluster_token: self.cluster_token.clone(),
             cluster: self.cluster,

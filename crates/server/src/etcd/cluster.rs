@@ -18,10 +18,8 @@ use crate::rpc::{Code, Router, Status};
 use crate::status::{self, EtcdError, etcd_rejection};
 
 const PEER_URL_EXISTS: EtcdError = EtcdError(Code::FailedPrecondition, "etcdserver: Peer URLs already exists");
-const LEARNER_NOT_READY: EtcdError = EtcdError(
-    Code::FailedPrecondition,
-    "etcdserver: can only promote a learner member which is in sync with leader",
-);
+const LEARNER_NOT_READY: EtcdError =
+    EtcdError(Code::FailedPrecondition, "etcdserver: can only promote a learner member which is in sync with leader");
 /// Unknown, since etcd's server answers with an error that is meant for its clients and so has no gRPC code.
 const NOT_ENOUGH_STARTED: EtcdError =
     EtcdError(Code::Unknown, "etcdserver: re-configuration failed due to not enough started members");
@@ -94,8 +92,7 @@ async fn member_list(context: Context, request: pb::MemberListRequest) -> Result
 /// The one peer address of a member.
 fn peer_of(urls: &[String]) -> Result<Box<str>, Status> {
     let is_url = |url: &str| url.starts_with("http://") || url.starts_with("https://");
-    let plain: Option<Vec<&str>> =
-        urls.iter().map(|url| if is_url(url) { host_port(url) } else { None }).collect();
+    let plain: Option<Vec<&str>> = urls.iter().map(|url| if is_url(url) { host_port(url) } else { None }).collect();
     match plain.as_deref() {
         Some([one]) => Ok((*one).into()),
         Some([_, _, ..]) => {
@@ -178,9 +175,7 @@ async fn member_promote(
         changed(&context, Op::MemberPromote { id }).await?;
     }
     match until(&context, WAIT, votes).await {
-        Ok(true) => {
-            Ok(pb::MemberPromoteResponse { header: header(&context), members: members(&context).await? })
-        }
+        Ok(true) => Ok(pb::MemberPromoteResponse { header: header(&context), members: members(&context).await? }),
         // It goes on, and asking again tells how it went.
         Ok(false) => Err(LEARNER_NOT_READY.into()),
         Err(Failure::Stopping) => Err(status::STOPPED.into()),

@@ -214,7 +214,8 @@ pub(crate) fn host_port(text: &str) -> Option<&str> {
     let plain = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://")).unwrap_or(text);
     let plain = plain.strip_suffix('/').unwrap_or(plain);
     let (host, port) = plain.rsplit_once(':')?;
-    let is_host = !host.is_empty() && !host.contains(['/', '@', '?', '#', ',', '=']) && !host.contains(char::is_whitespace);
+    let is_host =
+        !host.is_empty() && !host.contains(['/', '@', '?', '#', ',', '=']) && !host.contains(char::is_whitespace);
     let is_port = port.parse::<u16>().is_ok_and(|port| port != 0);
     (is_host && is_port).then_some(plain)
 }
@@ -282,7 +283,9 @@ async fn token(context: Context, request: v1::MemberTokenRequest) -> Result<v1::
     }
     if record.join != [0; 32] {
         let name = &record.name;
-        let why = format!("the token of member `{name}` was shown when it was added and is not kept: remove it and add it again");
+        let why = format!(
+            "the token of member `{name}` was shown when it was added and is not kept: remove it and add it again"
+        );
         return Err(super::refuse("id", why));
     }
     Ok(v1::MemberTokenReply { join_token: token_for(&context, &record, [0; 16]).await? })

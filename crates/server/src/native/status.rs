@@ -2,8 +2,8 @@
 
 use tenure_wire::tenure::v1;
 
-use super::{Refused, members};
 use super::sessions::{native_unary, query};
+use super::{Refused, members};
 use crate::Context;
 use crate::driver::View;
 use crate::rpc::Router;
