@@ -153,6 +153,13 @@ func catalogue() []fault {
 			return append([]int{v.leader}, v.others[1:]...), n.cluster.members[v.others[0]].pause()
 		}},
 		{name: "the leader stutters", inject: (*nemesis).stutter},
+		// The log can still be written, so nobody has a reason to end.
+		{name: "little room on the disk of the leader", net: true, hold: 2 * time.Second, inject: func(n *nemesis, v victims) ([]int, error) {
+			return v.others, n.cluster.members[v.leader].disk.fill(48 << 20)
+		}},
+		{name: "little room on the disk of a follower", net: true, hold: 2 * time.Second, inject: func(n *nemesis, v victims) ([]int, error) {
+			return append([]int{v.leader}, v.others[1:]...), n.cluster.members[v.others[0]].disk.fill(48 << 20)
+		}},
 		{name: "full disk of the leader", inject: func(n *nemesis, v victims) ([]int, error) { return v.others, n.fill(v.leader, v.others) }},
 		{name: "full disk of a follower", inject: func(n *nemesis, v victims) ([]int, error) {
 			rest := append([]int{v.leader}, v.others[1:]...)
