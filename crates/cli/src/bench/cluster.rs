@@ -115,13 +115,15 @@ impl Cluster {
         Ok(true)
     }
 
-    /// The most changes of leader that any member counted since it started.
-    pub(super) async fn leader_changes(&self) -> Result<f64> {
-        let mut most = 0.0f64;
+    /// The changes of leader that each member counted since it started, and the term.
+    pub(super) async fn elections(&self) -> Result<Elections> {
+        let mut seen = Vec::new();
+        let mut term = 0;
         for peer in &self.peers {
-            most = most.max(metric(&page(&peer.endpoint(), "/metrics").await?, LEADER_CHANGES)?);
+            seen.push(metric(&page(&peer.endpoint(), "/metrics").await?, LEADER_CHANGES)?);
+            term = term.max(status(&peer.endpoint()).await?.raft_term);
         }
-        Ok(most)
+        Ok(Elections { seen, term })
     }
 
     /// Asks the leader to hand over.
@@ -210,6 +212,21 @@ impl Cluster {
     }
 }
 
+/// What members know of elections at a moment.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Elections {
+    seen: Vec<f64>,
+    term: u64,
+}
+
+impl Elections {
+    /// The most changes that anything tells of since `before`. A member may count only what concerns itself; the term rises with each.
+    pub(super) fn since(&self, before: &Self) -> f64 {
+        let counted = self.seen.iter().zip(&before.seen).map(|(now, then)| now - then);
+        counted.fold((self.term - before.term) as f64, f64::max)
+    }
+}
+
 type Admitted = (Instant, Option<u64>, Vec<String>);
 
 async fn call<A: Message + Default>(endpoint: &str, path: &str, question: &impl Message) -> Result<A> {
@@ -267,6 +284,16 @@ mod tests {
         assert_eq!(metric(page, "changes").unwrap(), 3.0);
         assert!(metric(page, "change").is_err());
         assert!(metric(page, "other").is_err());
+    }
+
+    #[test]
+    fn a_change_that_only_one_member_counted_is_a_change() {
+        let elections = |seen: [f64; 3], term| Elections { seen: seen.to_vec(), term };
+        let before = elections([0.0, 0.0, 1.0], 4);
+        assert_eq!(before.since(&before), 0.0);
+        assert_eq!(elections([1.0, 0.0, 1.0], 5).since(&before), 1.0);
+        assert_eq!(elections([1.0, 0.0, 2.0], 6).since(&before), 2.0);
+        assert_eq!(elections([3.0, 2.0, 3.0], 6).since(&before), 3.0);
     }
 
     #[test]

@@ -206,18 +206,21 @@ impl Run<'_> {
             let name = way.name();
             let both = self
                 .both(name, async |kind, cluster| {
-                    let mut silences = Vec::new();
+                    let (mut usual, mut silences) = (Vec::new(), Vec::new());
                     for round in 1..=rounds {
                         let Silence { before, during } = hand_over(cluster, way).await?;
                         eprintln!("{} {name} {round}: {during:.1} ms, before it {before:.1} ms", kind.name());
+                        usual.push(before);
                         silences.push(during);
                     }
-                    Ok(silences)
+                    Ok((usual, silences))
                 })
                 .await;
-            let (ours, theirs) = both.map(|silences| median(silences.clone()));
+            let (ours, theirs) = both.map(|(usual, _)| median(usual.clone()));
+            self.table.tell(&format!("{name}: silence in the second before, median"), "ms", ours, theirs);
+            let (ours, theirs) = both.map(|(_, silences)| median(silences.clone()));
             self.table.below(&format!("{name}: silence, median of {rounds}"), "ms", ours, theirs, 20.0);
-            let (ours, theirs) = both.map(|silences| most(silences));
+            let (ours, theirs) = both.map(|(_, silences)| most(silences));
             self.table.below(&format!("{name}: silence, longest"), "ms", ours, theirs, 20.0);
         }
     }
@@ -249,9 +252,11 @@ impl Run<'_> {
         let both = self
             .both("elections", async |kind, cluster| {
                 let target = filled(cluster, 256, duration, KEYS).await?;
-                let before = cluster.leader_changes().await?;
+                let before = cluster.elections().await?;
                 told("full load", kind.name(), load::put(&target).await?);
-                Ok(cluster.leader_changes().await? - before)
+                let after = cluster.elections().await?;
+                eprintln!("{} elections before and after: {before:?}, {after:?}", kind.name());
+                Ok(after.since(&before))
             })
             .await;
         let (ours, theirs) = both.map(|changes| *changes);
