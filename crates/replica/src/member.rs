@@ -125,10 +125,14 @@ pub struct Member<D: Disk> {
     /// A question was turned away: not to be put again in this poll.
     pause_asking: bool,
     campaign_at: Option<u64>,
+    /// By how much this member lets others go first, and how often it may still try.
+    campaign_step: u64,
+    campaign_tries: u32,
     /// Why this folder can be no member any more.
     expelled: Option<String>,
     complaints: Complaints,
-    /// Registrations that a new leader found in its log and has not applied.
+    /// Registrations in the log of a leader that it has not applied. They count: a member whose word is needed for the entry that
+    /// registers it could not come otherwise.
     unapplied_storage: BTreeMap<MemberId, [u8; 16]>,
     /// The last entry that the newest leader was heard to have on disk.
     leader_end: (MemberId, u64),
@@ -318,6 +322,8 @@ impl<D: Disk> Member<D> {
             told: Vec::new(),
             pause_asking: false,
             campaign_at: None,
+            campaign_step: 0,
+            campaign_tries: 0,
             expelled: None,
             complaints: Complaints::default(),
             unapplied_storage: BTreeMap::new(),
@@ -661,7 +667,10 @@ impl<D: Disk> Member<D> {
         let ticks = self.config.election_ticks as u64;
         let mixed =
             mix(self.config.seed ^ mix(self.config.member.0) ^ self.raft.raft.term.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        self.raft.raft.set_randomized_election_timeout((ticks + mixed % ticks) as usize);
+        // Not the very first ticks: a member that has just lost its leader's connection counts as having waited a whole timeout, and is to
+        // ask in its own turn.
+        let early = 2.min(ticks - 1);
+        self.raft.raft.set_randomized_election_timeout((ticks + early + mixed % (ticks - early)) as usize);
     }
 
     fn settle(&mut self, out: &mut Effects, send: &mut dyn FnMut(MemberId, Lane, Vec<u8>)) -> Result<(), Fault> {
@@ -806,18 +815,15 @@ impl<D: Disk> Member<D> {
         let unapplied =
             self.raft.store().after(applied).filter(|e| e.entry_type == EntryType::EntryNormal && !e.data.is_empty());
         let mut newest = LogTime(0);
-        let mut storages = BTreeMap::new();
+        let mut batches = Vec::new();
         for e in unapplied {
             let unreadable = |error| Fault::Machine(tenure_machine::Fault::unreadable(Index(e.index), error));
             let batch = Batch::decode(&e.data).map_err(unreadable)?;
             newest = newest.max(batch.stamp);
-            for op in batch.txns.iter().flat_map(|t| &t.then) {
-                if let Op::MemberRegister { id, storage, .. } = op {
-                    storages.insert(*id, *storage);
-                }
-            }
+            batches.push(batch);
         }
-        self.unapplied_storage = storages;
+        self.unapplied_storage.clear();
+        batches.iter().for_each(|batch| self.note_registrations(batch));
         let base = self.machine.stamp().max(newest);
         let empty = applied == 0 && self.raft.store().last_index() == 0;
         self.lead =
@@ -830,6 +836,14 @@ impl<D: Disk> Member<D> {
             self.enqueue_lead(Op::MemberSeen { id: old, index: Index(index) });
         }
         if empty { self.genesis() } else { Ok(()) }
+    }
+
+    fn note_registrations(&mut self, batch: &Batch) {
+        for op in batch.txns.iter().flat_map(|t| &t.then) {
+            if let Op::MemberRegister { id, storage, .. } = op {
+                self.unapplied_storage.entry(*id).or_insert(*storage);
+            }
+        }
     }
 
     /// The first entry with content: who this cluster is.
@@ -992,6 +1006,7 @@ impl<D: Disk> Member<D> {
             Err(raft::Error::ProposalDropped) => return Ok(false),
             Err(error) => return Err(consensus_fault(error)),
         }
+        self.note_registrations(&batch);
         let (index, term) = (self.raft.raft.raft_log.last_index(), self.raft.raft.term);
         let is_own = origin.member == self.config.member;
         let (first, given_up) = (origin.first, false);
@@ -1353,6 +1368,12 @@ impl<D: Disk> Member<D> {
 
     pub fn is_leader(&self) -> bool {
         self.lead.as_ref().is_some_and(|l| l.serving)
+    }
+
+    /// Who leads, as far as this member knows, and the term.
+    pub fn leader(&self) -> (Option<MemberId>, u64) {
+        let leader = Some(self.raft.raft.leader_id).filter(|id| *id != raft::INVALID_ID);
+        (leader.map(MemberId), self.raft.raft.term)
     }
 
     fn own_alarms(&self) -> Vec<Alarm> {

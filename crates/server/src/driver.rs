@@ -685,6 +685,8 @@ struct Loop {
     peers_version: Option<u64>,
     /// Everything up to here was handed to watchers.
     published: Revision,
+    /// Who leads, and the term, as it was logged last.
+    followed: (Option<MemberId>, u64),
     hub: Hub,
     pipes: Pipes,
     waiters: Waiters,
@@ -742,6 +744,7 @@ impl Loop {
             member,
             door,
             peers_version: None,
+            followed: (None, 0),
             hub,
             pipes: Pipes::default(),
             waiters: Waiters::default(),
@@ -800,6 +803,7 @@ impl Loop {
         poll(&mut self.member, &self.door, time, &mut effects).map_err(|fault| fault.to_string())?;
         self.learn_identity();
         self.tell_door();
+        self.log_leader();
         // D1: watchers first.
         self.publish(&mut effects);
         for (ticket, answer) in effects.answers.drain(..) {
@@ -833,6 +837,22 @@ impl Loop {
         effects.changes.clear();
     }
 
+    fn log_leader(&mut self) {
+        let now = self.member.leader();
+        if now == self.followed {
+            return;
+        }
+        self.followed = now;
+        match now {
+            (Some(leader), term) => {
+                let name =
+                    self.member.machine().member(leader).map_or_else(|| leader.to_string(), |m| m.name.to_string());
+                tracing::info!(term, "member {name} leads");
+            }
+            (None, term) => tracing::info!(term, "nobody leads"),
+        }
+    }
+
     /// Tells the door whom to connect to, when that has changed.
     fn tell_door(&mut self) {
         let version = self.member.peers_version();
@@ -855,8 +875,12 @@ impl Loop {
                 }
                 let _ = reply.send(judged);
             }
-            PeerEvent::Closed { member, boot, left: 0 } => self.member.hung_up(member, boot),
-            PeerEvent::Closed { .. } => {}
+            PeerEvent::Closed { member, boot, left } => {
+                tracing::debug!(%member, left, "a connection with a member has closed");
+                if left == 0 {
+                    self.member.hung_up(member, boot);
+                }
+            }
             PeerEvent::Refused { by, refusal } => {
                 tracing::warn!(by = %by, "refused by a member: {refusal}");
                 self.member.turned_away(by, &refusal);

@@ -355,9 +355,9 @@ fn static_members(config: &Config) -> Result<Vec<(MemberId, String, String)>, St
     let wrong = |why: String| StartError::Cluster(why);
     let mut members: Vec<(MemberId, String, String)> = Vec::new();
     for entry in &config.cluster {
-        let (name, address) = entry.split_once('=').ok_or_else(|| {
-            wrong(format!("`{entry}` is no member: write name=host:port, separated by commas"))
-        })?;
+        let (name, address) = entry
+            .split_once('=')
+            .ok_or_else(|| wrong(format!("`{entry}` is no member: write name=host:port, separated by commas")))?;
         let address = plain(address);
         if name.is_empty() || address.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
             return Err(wrong(format!("`{entry}` is no member: write name=host:port")));

@@ -394,7 +394,9 @@ impl Hub {
     /// that it is gone. Everything up to `published` has been handed out.
     pub(crate) fn restored(&mut self, published: Revision) {
         for at in 0..self.watchers.len() as WatcherId {
-            let Some(watcher) = self.watchers[at as usize].as_ref().filter(|watcher| !watcher.is_behind) else { continue };
+            let Some(watcher) = self.watchers[at as usize].as_ref().filter(|watcher| !watcher.is_behind) else {
+                continue;
+            };
             let (next, stream) = (watcher.next.max(published.next()), watcher.stream);
             self.fall_behind(at, next);
             self.start_catching(stream);

@@ -14,6 +14,9 @@ use tenure_machine::{MemberRecord, MemberRole};
 
 /// Candidates follow each other at this distance when a leader's connection closes, so that they do not split the vote.
 const STEP_MS: u64 = 25;
+/// A vote that was lost is held again after this long and the own step, so often.
+const CAMPAIGN_AGAIN_MS: u64 = 100;
+const CAMPAIGNS_MAX: u32 = 4;
 /// A member registers again, and a leader looks at the table again, after this long.
 const REGISTER_MS: u64 = 1_000;
 const RECONCILE_MS: u64 = 200;
@@ -208,16 +211,25 @@ impl<D: Disk> Member<D> {
         if self.stopping || !conf.voters.contains(&self.config.member.0) {
             return;
         }
-        let rank = conf.voters.iter().filter(|id| **id != leader.0 && **id < self.config.member.0).count();
+        let before = conf.voters.iter().filter(|id| **id != leader.0 && **id < self.config.member.0).count();
         self.raft.raft.election_elapsed = self.config.election_ticks;
-        self.campaign_at = Some(self.clock.elapsed() + STEP_MS * rank as u64);
+        self.campaign_step = STEP_MS * before as u64;
+        self.campaign_tries = CAMPAIGNS_MAX;
+        self.campaign_at = Some(self.clock.elapsed() + self.campaign_step);
     }
 
     pub(super) fn campaign_early(&mut self) -> Result<(), Fault> {
-        let Some(at) = self.campaign_at.filter(|at| *at <= self.clock.elapsed()) else { return Ok(()) };
+        let now = self.clock.elapsed();
+        if self.campaign_at.is_none_or(|at| now < at) {
+            return Ok(());
+        }
         self.campaign_at = None;
-        let gone = !self.links.contains_key(&MemberId(self.raft.raft.leader_id));
-        if gone && self.raft.raft.state == StateRole::Follower && at > 0 {
+        let leader = MemberId(self.raft.raft.leader_id);
+        let gone = self.raft.raft.state != StateRole::Leader && !self.links.contains_key(&leader);
+        if gone && self.campaign_tries > 0 {
+            // Two may ask at the same time and neither win: again, one after the other, and not only when the long timeout is over.
+            self.campaign_tries -= 1;
+            self.campaign_at = Some(now + CAMPAIGN_AGAIN_MS + self.campaign_step);
             self.raft.campaign().map_err(consensus_fault)?;
             self.set_jitter();
         }
@@ -456,10 +468,8 @@ impl<D: Disk> Member<D> {
         if self.config.sabotage == Some(Sabotage::ForgetStorage) {
             return true;
         }
-        let registered = |id: MemberId| match self.unapplied_storage.get(&id) {
-            Some(storage) => Some(*storage),
-            None => self.machine.member(id).filter(|r| r.has_come()).map(|r| r.storage),
-        };
+        let applied = |id: MemberId| self.machine.member(id).filter(|r| r.has_come()).map(|r| r.storage);
+        let registered = |id: MemberId| applied(id).or_else(|| self.unapplied_storage.get(&id).copied());
         match registered(from) {
             Some(storage) => storage == link.storage,
             None => {

@@ -579,3 +579,35 @@ fn a_slow_member_is_caught_up_from_the_files() {
     group.cut.clear();
     group.agree();
 }
+
+#[test]
+fn a_member_whose_word_is_needed_to_register_it_is_counted() {
+    let mut group = Group::new(3);
+    group.crash(3);
+    group.until("two are registered", |g| g.is_registered(2));
+    let leader = group.leader();
+    // The other one is lost for good before the third has ever come.
+    let other = group.others(leader).into_iter().find(|id| *id != 3).unwrap();
+    group.crash(other);
+    group.start(3);
+    group.until("the third is registered", |g| g.is_registered(3));
+    let leader = group.leader();
+    assert!(group.done(leader, put("a", b"v")).result.is_ok());
+}
+
+#[test]
+fn a_leader_that_was_added_meanwhile_is_let_in() {
+    let mut group = Group::new(3);
+    let first = group.leader();
+    group.until("three are registered", |g| g.is_registered(3));
+    let late = group.others(first)[0];
+    group.crash(late);
+    group.done(first, member_add(4, 4, None));
+    group.add(join(4, 4, &[1, 2, 3]));
+    group.until("it votes", |g| g.member(first).status().voters.contains(&MemberId(4)));
+    assert_eq!(group.member(first).hand_over(Some(MemberId(4))), Ok(MemberId(4)));
+    group.until("it leads", |g| g.member(4).is_leader());
+    group.start(late);
+    group.agree();
+    assert!(group.member(late).machine().member(MemberId(4)).is_some());
+}
