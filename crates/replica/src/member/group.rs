@@ -125,13 +125,20 @@ impl<D: Disk> Member<D> {
         let Some(record) = self.machine.member(hello.member) else {
             let expected = own == 0
                 || self.raft.store().conf_state.voters.contains(&hello.member.0)
-                || self.config.peers.iter().any(|(id, ..)| *id == hello.member);
+                || self.config.peers.iter().any(|(id, ..)| *id == hello.member)
+                || self.may_be_added_since(hello);
             if expected {
                 return Ok(());
             }
             return refuse(false, format!("`{name}` is no member of this cluster: add it with `tenure member add`"));
         };
         self.judge_record(hello, record)
+    }
+
+    /// A member that was away does not know whom the others have added; one of those may be the leader that brings it up to date.
+    fn may_be_added_since(&self, hello: &Hello) -> bool {
+        let (last_index, last_term) = self.raft.store().last();
+        hello.cluster == self.machine.cluster() && (hello.last_term, hello.last_index) >= (last_term, last_index)
     }
 
     fn judge_record(&self, hello: &Hello, record: &MemberRecord) -> Result<(), PeerRefusal> {
