@@ -129,7 +129,9 @@ fn messages(random: &mut Random) -> Result<u64, String> {
             bytes.extend((0..random.below(6)).map(|_| random.u32() as u8));
         }
         member.receive(MemberId(random.between(1, 4)), &mutate(&bytes, random));
-        member.poll(Millis(1), &mut out, &mut nobody).map_err(|f| format!("a message of {bytes:?} stops the member: {f}"))?;
+        member
+            .poll(Millis(1), &mut out, &mut nobody)
+            .map_err(|f| format!("a message of {bytes:?} stops the member: {f}"))?;
     }
     Ok(20)
 }

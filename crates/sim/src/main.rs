@@ -99,8 +99,8 @@ impl Tally {
 fn shortened(why: &str) -> String {
     let chars: Vec<char> = why.chars().collect();
     match chars.len() {
-        0..=900 => why.to_owned(),
-        len => chars[..400].iter().chain(&[' ', '…', ' ']).chain(&chars[len - 500..]).collect(),
+        0..=1600 => why.to_owned(),
+        len => chars[..1_000].iter().chain(&[' ', '…', ' ']).chain(&chars[len - 600..]).collect(),
     }
 }
 

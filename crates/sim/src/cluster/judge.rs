@@ -139,9 +139,10 @@ impl Judge {
         let Some(lease) = self.leases.get_mut(&id).filter(|l| l.token == token) else { return Ok(()) };
         lease.owed_us = lease.owed_us.max(sent_us + owed_us(lease.ttl_ms));
         match lease.ended {
-            Some(ended) if ended.step < step => {
-                Err(format!("session {id} had ended at {} us, and a renewal sent at {sent_us} us was accepted", ended.at_us))
-            }
+            Some(ended) if ended.step < step => Err(format!(
+                "session {id} had ended at {} us, and a renewal sent at {sent_us} us was accepted",
+                ended.at_us
+            )),
             Some(ended) => check_end(id, lease, ended),
             None => {
                 let names: Vec<Vec<u8>> = self.holdings.keys().cloned().collect();
@@ -242,8 +243,7 @@ impl Judge {
     /// J4: what each believes by its own clock.
     fn check_holders(&mut self, name: &[u8], now_us: u64) -> Result<(), String> {
         let leases = &self.leases;
-        let believes =
-            |h: &Holding| leases.get(&h.session).is_some_and(|l| !l.end_asked && l.owed_us > now_us);
+        let believes = |h: &Holding| leases.get(&h.session).is_some_and(|l| !l.end_asked && l.owed_us > now_us);
         let Some(all) = self.holdings.get_mut(name) else { return Ok(()) };
         all.retain(believes);
         match all.iter().find(|h| h.session != all[0].session || h.token != all[0].token) {

@@ -20,7 +20,10 @@ pub(super) enum Mend {
     Quality(Quality),
     Room(usize),
     DiskFaults(usize),
-    Resume { node: usize, boot: u64 },
+    Resume {
+        node: usize,
+        boot: u64,
+    },
     /// The operator puts the right folder back.
     OwnFolder(usize),
     /// A removed member is switched off.
@@ -219,7 +222,8 @@ impl World {
 
     /// What may happen to a folder while nobody uses it, and when it is used again.
     pub(super) fn after_the_end(&mut self, node: usize, last_index: Option<u64>) -> Result<(), String> {
-        if self.nodes[node].fate == Fate::Sound && !self.healing && self.options.grow_at.is_none() {
+        let n = &self.nodes[node];
+        if n.fate == Fate::Sound && !n.flipped && !self.healing && self.options.grow_at.is_none() {
             self.look_after_copy(node, last_index);
             if self.options.bug == Some(Bug::CutLogs) {
                 self.cut_log(node);
@@ -311,10 +315,8 @@ impl World {
 
     /// Who belongs to the cluster, as far as anybody who runs knows.
     pub(super) fn roles(&self) -> Vec<(MemberId, MemberRole)> {
-        let known: Vec<_> = self
-            .best()
-            .map(|m| m.machine().members().map(|r| (r.id, r.role)).collect())
-            .unwrap_or_default();
+        let known: Vec<_> =
+            self.best().map(|m| m.machine().members().map(|r| (r.id, r.role)).collect()).unwrap_or_default();
         match known.is_empty() {
             true => self.nodes[..self.shape.members].iter().map(|n| (n.id, MemberRole::Voter)).collect(),
             false => known.into_iter().filter(|(_, role)| *role != MemberRole::Removed).collect(),
@@ -328,9 +330,8 @@ impl World {
     /// Whether the folder of one more member may be lost.
     fn may_lose(&self, node: usize) -> bool {
         let voters = self.voters();
-        let lost = |n: &&Node| {
-            (n.flipped || matches!(n.fate, Fate::Damaged | Fate::Impostor)) && voters.contains(&n.id)
-        };
+        let lost =
+            |n: &&Node| (n.flipped || matches!(n.fate, Fate::Damaged | Fate::Impostor)) && voters.contains(&n.id);
         let lost = self.nodes.iter().filter(lost).count();
         !voters.contains(&self.nodes[node].id) && !voters.is_empty() || 2 * (lost + 1) < voters.len()
     }
@@ -365,7 +366,7 @@ impl World {
         let other = match self.random.below(3) {
             0 => SimDisk::new(self.random.fork()),
             1 => match &self.nodes[node].copy {
-                Some(copy) if copy.boots + 1 < boots || copy.last_index < seen => copy.disk.copy(),
+                Some(copy) if copy.boots < boots || copy.last_index < seen => copy.disk.copy(),
                 _ => return Ok(()),
             },
             _ => return self.swapped(node),
@@ -499,7 +500,8 @@ impl World {
     fn change_members(&mut self) -> Result<(), String> {
         let roles = self.roles();
         let voters: Vec<_> = roles.iter().filter(|(_, role)| *role == MemberRole::Voter).map(|(id, _)| *id).collect();
-        let learners: Vec<_> = roles.iter().filter(|(_, role)| *role == MemberRole::Learner).map(|(id, _)| *id).collect();
+        let learners: Vec<_> =
+            roles.iter().filter(|(_, role)| *role == MemberRole::Learner).map(|(id, _)| *id).collect();
         let may_add = self.nodes.len() < MEMBERS_MAX && roles.len() < self.shape.members + 2;
         match self.random.below(8) {
             0..=2 if may_add => self.add(MemberRole::Learner, None),
@@ -548,14 +550,8 @@ impl World {
         let name = format!("n{}", id.0 % 1_000_000);
         let secret: [u8; 16] = self.random.bytes();
         let join = join_digest(&secret);
-        let op = Op::MemberAdd {
-            id,
-            name: name.as_str().into(),
-            peer: format!("{name}:1").into(),
-            role,
-            replaces,
-            join,
-        };
+        let op =
+            Op::MemberAdd { id, name: name.as_str().into(), peer: format!("{name}:1").into(), role, replaces, join };
         self.ask_for(Change::Add { id, name, secret }, op)
     }
 

@@ -57,13 +57,7 @@ pub(super) struct Net {
 
 impl Net {
     pub(super) fn new(quality: Quality) -> Self {
-        Self {
-            quality,
-            cuts: BTreeSet::new(),
-            connections: BTreeMap::new(),
-            read_out: BTreeSet::new(),
-            next_serial: 1,
-        }
+        Self { quality, cuts: BTreeSet::new(), connections: BTreeMap::new(), read_out: BTreeSet::new(), next_serial: 1 }
     }
 
     pub(super) fn passes(&self, from: usize, to: usize) -> bool {

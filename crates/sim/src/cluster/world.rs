@@ -5,8 +5,8 @@
 //! jobs run in order, a fault ends the process.
 
 use super::judge::Judge;
-use super::net::{Net, Quality};
 use super::nemesis::Mend;
+use super::net::{Net, Quality};
 use super::node::{Caller, Fate, Node, Sent};
 use super::people::{self, Call, Kind, Person};
 use crate::client::{self, Client, What};
@@ -192,7 +192,10 @@ pub(super) enum Outcome {
     Refused,
     /// Nobody listens there.
     NotSent,
-    Read { records: Vec<Record>, revision: u64 },
+    Read {
+        records: Vec<Record>,
+        revision: u64,
+    },
     Renewed(Result<Renewal, Rejection>),
 }
 
@@ -261,9 +264,8 @@ pub fn run(seed: u64, options: Options) -> Result<Report, String> {
     let mut random = Random::new(seed ^ 0xc105_7e12);
     let shape = Shape::draw(&mut random, options);
     let quality = if options.grow_at.is_some() { Quality::GOOD } else { Quality::draw(&mut random) };
-    let nodes: Vec<Node> = (0..shape.members)
-        .map(|n| Node::new(MemberId(101 + n as u64), &format!("n{n}"), &mut random))
-        .collect();
+    let nodes: Vec<Node> =
+        (0..shape.members).map(|n| Node::new(MemberId(101 + n as u64), &format!("n{n}"), &mut random)).collect();
     let people = if options.grow_at.is_some() { 2 } else { random.between(2, 5) as usize };
     let mut world = World {
         trace: Trace::new(options.shown),
@@ -596,8 +598,7 @@ impl World {
         let slice = machine
             .changes(&state::all_keys(), from, usize::MAX)
             .map_err(|why| format!("n{node} has no history from {from}: {why}"))?;
-        let changes: Vec<_> =
-            slice.changes.into_iter().map(|c| tenure_machine::Change { before: None, ..c }).collect();
+        let changes: Vec<_> = slice.changes.into_iter().map(|c| tenure_machine::Change { before: None, ..c }).collect();
         self.ledger.observe(&changes).map_err(|why| format!("n{node} recovered: {why}"))
     }
 
@@ -632,8 +633,10 @@ impl World {
             }
         }
         n.led = status.role == Role::Leader;
+        // One whose place another has taken is removed, before the table says so.
+        let wanted = |id| machine.member_wanted(id, |voter| status.voters.contains(&voter));
         let removed: Vec<MemberId> =
-            machine.members().filter(|m| m.role == MemberRole::Removed).map(|m| m.id).collect();
+            machine.members().map(|m| m.id).filter(|id| wanted(*id) == MemberRole::Removed).collect();
         for n in self.nodes.iter_mut().filter(|n| n.fate == Fate::Sound && removed.contains(&n.id)) {
             n.fate = Fate::Removed;
         }
@@ -1362,10 +1365,7 @@ impl World {
                 self.look_everywhere()
             }
             (What::Acquire { name, session }, Some(OpReply::LockGranted(grant))) => {
-                // A caller whose answer was skipped by a snapshot is told what its session holds, be it by an earlier call.
-                if !reply.replayed {
-                    self.locks.granted(name, grant.token, *session, call.number, call.token_before)?;
-                }
+                self.locks.granted(name, grant.token, *session, call.number, call.token_before)?;
                 self.judge.holds(name, *session, grant.token, self.now)?;
                 if self.options.bug == Some(Bug::SecondHolder) {
                     self.locks.granted(name, grant.token, SessionId(session.0 + 1), call.number + 1, None)?;
@@ -1474,13 +1474,21 @@ impl World {
     }
 
     pub(super) fn facts(&self) -> String {
-        let told = self.nodes.iter().map(|n| match &n.member {
-            None => format!("{} {} {:?} does not run", n.name, n.id, n.fate),
+        let name = |id: &MemberId| match self.nodes.iter().position(|n| n.id == *id) {
+            Some(node) => format!("n{node}"),
+            None => id.to_string(),
+        };
+        let names = |ids: &[MemberId]| ids.iter().map(name).collect::<Vec<_>>().join(",");
+        let told = self.nodes.iter().enumerate().map(|(i, n)| match &n.member {
+            None => format!("n{i} {:?} does not run", n.fate),
             Some(m) => {
                 let s = m.status();
+                let (leader, voters) = (s.leader.as_ref().map_or_else(|| "nobody".to_owned(), name), names(&s.voters));
+                let probe = self.probes.get(&i);
+                let (wrote, read) = (probe.is_some_and(|p| p.wrote), probe.is_some_and(|p| p.did_read));
                 format!(
-                    "{} {} {:?} {:?} term {} leader {:?} committed {} applied {} last {} voters {:?} learners {:?}",
-                    n.name, n.id, n.fate, s.role, s.term, s.leader, s.committed, s.applied, s.last_index, s.voters, s.learners
+                    "n{i} {:?} {:?} term {} under {leader}, applied {} committed {} last {}, voters {voters} learners {} wrote {wrote} read {read}",
+                    n.fate, s.role, s.term, s.applied, s.committed, s.last_index, names(&s.learners)
                 )
             }
         });
