@@ -154,7 +154,8 @@ fn print(view: &StatusGetReply, all: &[Asked]) {
 
 /// The one line that a tired operator reads. `answers` tells whether a member answered just now.
 fn verdict(view: &StatusGetReply, answers: impl Fn(&v1::Member) -> bool) -> String {
-    let voters: Vec<&v1::Member> = view.members.iter().filter(|m| m.role() == v1::MemberRole::Voter).collect();
+    let mut voters: Vec<&v1::Member> = view.members.iter().filter(|m| m.role() == v1::MemberRole::Voter).collect();
+    voters.sort_by(|a, b| a.name.cmp(&b.name));
     let down: Vec<&str> = voters.iter().filter(|m| !answers(m) && !m.connected).map(|m| m.name.as_str()).collect();
     let (all, up) = (voters.len(), voters.len() - down.len());
     let quorum = all / 2 + 1;

@@ -41,14 +41,25 @@ impl Server {
     }
 
     pub(crate) fn start_in(folder: tempfile::TempDir, data: PathBuf, flags: &[&str]) -> Self {
-        let address = free_address();
-        let process = spawn(&address, &data, folder.path(), flags);
-        let mut server = Self { process, address, data, folder };
+        let mut server = Self::begin_in(folder, data, flags);
         server.await_ready();
         server
     }
 
-    fn await_ready(&mut self) {
+    /// One of several, which is ready only with the others.
+    pub(crate) fn begin(flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        Self::begin_in(folder, data, flags)
+    }
+
+    fn begin_in(folder: tempfile::TempDir, data: PathBuf, flags: &[&str]) -> Self {
+        let address = free_address();
+        let process = spawn(&address, &data, folder.path(), flags);
+        Self { process, address, data, folder }
+    }
+
+    pub(crate) fn await_ready(&mut self) {
         let until = Instant::now() + Duration::from_secs(20);
         while !http(&self.address, "GET", "/readyz", "", b"").is_ok_and(|answer| answer.status == 200) {
             let ended = self.process.try_wait().unwrap();
@@ -72,8 +83,25 @@ impl Server {
 
     /// The same folder and address again.
     pub(crate) fn start_again(&mut self, flags: &[&str]) {
-        self.process = spawn(&self.address, &self.data, self.folder.path(), flags);
+        self.begin_again(flags);
         self.await_ready();
+    }
+
+    pub(crate) fn begin_again(&mut self, flags: &[&str]) {
+        self.process = spawn(&self.address, &self.data, self.folder.path(), flags);
+    }
+
+    /// Waits until it has ended by itself, and gives the exit code and what it wrote.
+    pub(crate) fn await_end(&mut self) -> (i32, String) {
+        let until = Instant::now() + Duration::from_secs(20);
+        let code = loop {
+            match self.process.try_wait().unwrap() {
+                Some(status) => break status.code(),
+                None => assert!(Instant::now() < until, "it goes on, and should have ended\n{}", self.log()),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        (code.unwrap_or(-1), self.log())
     }
 
     pub(crate) fn is_running(&mut self) -> bool {
