@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(token().encode(), GOLDEN);
     }
 
-    const GOLDEN: &str = "";
+    const GOLDEN: &str = "tenure1-z5hGZQoOdGVudXJlLWNsdXN0ZXIQ7f0DGP__________fyICbjMqDTEwLjAuMC4zOjIzODAyEAcHBwcHBwcHBwcHBwcHBwc6FQgBEgJuMBoNMTAuMC4wLjE6MjM4MA";
 
     #[test]
     fn every_flipped_cut_or_lengthened_token_is_refused() {

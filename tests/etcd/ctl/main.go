@@ -101,7 +101,6 @@ var notServed = []struct {
 	{"defrag", `Unimplemented|unimplemented|unknown (service|method)`, "storage reuses space by itself"},
 	{"snapshot save {scratch}/db", `Unimplemented|unimplemented|unknown (service|method)`, "snapshots have a format of their own"},
 	{"move-leader 1", `Unimplemented|unimplemented|unknown (service|method)|no leader`, "one member only"},
-	{"member add two --peer-urls=http://127.0.0.1:1 --learner", `Unimplemented|unimplemented|unknown (service|method)`, "one member only"},
 	{"member remove 1", `Unimplemented|unimplemented|unknown (service|method)`, "one member only"},
 	{"auth status", `Unimplemented|unimplemented|unknown (service|method)`, "no users yet"},
 	{"user list", `Unimplemented|unimplemented|unknown (service|method)`, "no users yet"},
