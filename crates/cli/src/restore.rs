@@ -45,12 +45,12 @@ pub(crate) fn run(args: RestoreArgs) -> Result<ExitCode> {
     };
     let made = backup::restore(&config).map_err(refused)?;
     println!(
-        "restored {} into {}: revision {} became {}, member {}, cluster {}, issuer {}",
+        "restored {} into {}: revision {} became {}, member {:016x}, cluster {:016x}, issuer {}",
         config.file.display(),
         config.data_dir.display(),
         made.backup_revision,
         made.revision,
-        made.member,
+        made.member.0,
         made.cluster,
         hex(&made.issuer)
     );

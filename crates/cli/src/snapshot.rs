@@ -169,15 +169,17 @@ fn show(file: &Path, backup: &Backup, output: Output) {
             })
         ),
         Output::Table => {
-            let names: Vec<String> =
-                members.iter().map(|member| format!("{} ({}, {})", member.name, member.id, member.peer)).collect();
+            let names: Vec<String> = members
+                .iter()
+                .map(|member| format!("{} ({:016x}, {})", member.name, member.id.0, member.peer))
+                .collect();
             let lines = [
                 ("file", format!("{}, {} bytes", file.display(), backup.bytes)),
                 ("sha256", hex(&backup.digest)),
                 ("time", time.unwrap_or_else(|| "unknown".to_owned())),
                 ("revision", format!("{} (compacted up to {})", machine.revision(), machine.compacted())),
                 ("log", format!("entry {} of term {}", backup.position.index, backup.position.term)),
-                ("cluster", machine.cluster().to_string()),
+                ("cluster", format!("{:016x}", machine.cluster())),
                 ("issuer", hex(&machine.issuer())),
                 ("keys", format!("{} in {} versions", counts.keys, counts.revisions_kept)),
                 ("sessions", counts.sessions.to_string()),

@@ -232,3 +232,40 @@ fn a_backup_copied_into_a_folder_does_not_start() {
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("there is no identity file beside it; choose an empty folder"), "{said}");
 }
+
+#[test]
+fn a_restored_member_grows_and_the_last_one_left_is_saved_without_a_majority() {
+    let (mut old, file, session, token) = saved();
+    old.kill();
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    assert_eq!(restore(&file, &data, &["--replace"]).code, 0);
+    let peer = common::free_address();
+    let mut first = Server::start_in(folder, data, &["--name", "r", "--peer-listen", &peer]);
+    let peer = common::free_address();
+    let said = ok(&first.address, &["member", "add", "s", "--peer", &peer, "-o", "json"]);
+    let join = serde_json::from_str::<Value>(&said).unwrap()["join_token"].as_str().unwrap().to_owned();
+    let second = Server::start(&["--name", "s", "--peer-listen", &peer, "--join", &join]);
+    wait_for("a second voter", Duration::from_secs(20), || {
+        // The other is the leader.
+        ok(&first.address, &["member", "list"]).contains(" voter ")
+    });
+    ok(&second.address, &["kv", "put", "b", "2"]);
+    let newest = acquire(&second, "l", &session);
+    assert!(newest > token);
+    let names = ok(&second.address, &["member", "list"]);
+    assert!(!names.contains("n0"), "nobody of the old cluster is in the new: {names}");
+
+    let saved = second.folder.path().join("backup");
+    let whole = save(&second, &saved);
+    assert_eq!(whole["members"].as_array().unwrap().len(), 2, "{whole}");
+    first.kill();
+    let file = saved.to_str().unwrap();
+    wait_for("the loss to be noticed", Duration::from_secs(20), || {
+        tenure(&second.address, &["snapshot", "save", file]).code == 69
+    });
+    ok(&second.address, &["snapshot", "save", file, "--stale"]);
+    let third = restored(&saved, &["--replace"]);
+    assert_eq!(ok(&third.address, &["kv", "get", "b"]), "2\n");
+    assert!(acquire(&third, "m", &session) > newest);
+}
