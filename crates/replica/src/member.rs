@@ -110,6 +110,8 @@ pub struct Member<D: Disk> {
     // Others: `forward.rs`, `group.rs`, `snapshots.rs`.
     links: BTreeMap<MemberId, Link>,
     leader_heard_at: u64,
+    /// When the leader said last that it cannot answer.
+    turned_down_at: Option<u64>,
     /// Since when nobody leads, as far as this member knows.
     leaderless_since: Option<u64>,
     /// The leader and the term that questions were put to.
@@ -130,6 +132,9 @@ pub struct Member<D: Disk> {
     campaign_tries: u32,
     /// Why this folder can be no member any more.
     expelled: Option<String>,
+    /// Members that are not in the table yet and were let in: name and address.
+    strangers: BTreeMap<MemberId, (String, String)>,
+    strangers_version: u64,
     complaints: Complaints,
     /// Registrations in the log of a leader that it has not applied. They count: a member whose word is needed for the entry that
     /// registers it could not come otherwise.
@@ -312,6 +317,7 @@ impl<D: Disk> Member<D> {
             outbox: Vec::new(),
             links: BTreeMap::new(),
             leader_heard_at: 0,
+            turned_down_at: None,
             leaderless_since: Some(0),
             followed: (0, 0),
             sent: BTreeMap::new(),
@@ -325,6 +331,8 @@ impl<D: Disk> Member<D> {
             campaign_step: 0,
             campaign_tries: 0,
             expelled: None,
+            strangers: BTreeMap::new(),
+            strangers_version: 0,
             complaints: Complaints::default(),
             unapplied_storage: BTreeMap::new(),
             leader_end: (MemberId(0), 0),
@@ -632,6 +640,7 @@ impl<D: Disk> Member<D> {
             let kind = message.get_msg_type();
             if kind == MessageType::MsgAppendResponse && !message.reject && self.lead.is_some() && !self.may_count(from)
             {
+                self.lead_on(from, message.index);
                 continue;
             }
             if kind == MessageType::MsgAppend {
@@ -801,8 +810,11 @@ impl<D: Disk> Member<D> {
             self.leaderless_since = None;
         }
         if self.followed != (leader, term) {
+            // As etcd counts: every member counts each leader that it has not followed just before.
+            self.leader_changes += u64::from(leader != raft::INVALID_ID && leader != self.followed.0);
             self.followed = (leader, term);
             self.leader_heard_at = self.clock.elapsed();
+            self.turned_down_at = None;
             self.ask_again();
             self.register_at = self.register_at.min(self.clock.elapsed());
         }
@@ -828,7 +840,6 @@ impl<D: Disk> Member<D> {
         let empty = applied == 0 && self.raft.store().last_index() == 0;
         self.lead =
             Some(Lead { term, base, since: self.clock.elapsed(), stamped: base, serving: false, genesis: false });
-        self.leader_changes += 1;
         // The leader before had this much, and all of it will be committed: if its folder comes back with less, it is not the same.
         let (old, index) = self.leader_end;
         let known = self.machine.member(old).is_some_and(|r| r.is_live() && r.seen.0 < index);

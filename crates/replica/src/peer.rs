@@ -40,6 +40,8 @@ pub struct Hello {
     pub wall_ms: u64,
     /// What a new member was given to show; zeros: nothing.
     pub join: [u8; 16],
+    /// Where it is dialled, for one that does not know it yet.
+    pub address: String,
 }
 
 const HELLO_VERSION: u64 = 1;
@@ -62,6 +64,7 @@ impl Hello {
         put_bytes(&mut out, self.release.as_bytes());
         put(&mut out, self.wall_ms);
         out.extend_from_slice(&self.join);
+        put_bytes(&mut out, self.address.as_bytes());
         out
     }
 
@@ -85,6 +88,7 @@ impl Hello {
             release: take_text(from)?,
             wall_ms: take(from)?,
             join: take_array(from)?,
+            address: take_text(from)?,
         })
     }
 }
@@ -420,6 +424,7 @@ mod tests {
             release: "0.1.0".to_owned(),
             wall_ms: 1,
             join: [0xcd; 16],
+            address: "h:1".to_owned(),
         }
     }
 
@@ -481,7 +486,7 @@ mod tests {
         assert_eq!(
             hex(hello().encode()),
             "010174ac0207026e3009abababababababababababababababab02039003020\
-             5302e312e3001cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd"
+             5302e312e3001cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd03683a31"
         );
         let all: Vec<String> = messages().iter().map(|m| hex(m.encode())).collect();
         assert_eq!(

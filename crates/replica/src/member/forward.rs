@@ -264,7 +264,7 @@ impl<D: Disk> Member<D> {
     }
 
     pub(super) fn asked_for_index(&mut self, from: MemberId, boot: u64, number: u64) {
-        if self.lead.is_none() || self.stopping || self.asked.remote.len() >= self.config.max_queued {
+        if self.lead.is_none() || self.may_ask().is_err() || self.asked.remote.len() >= self.config.max_queued {
             return self.post(from, Lane::Messages, &PeerMessage::ReadAt { to_boot: boot, number, index: None });
         }
         self.asked.begin(self.clock.elapsed());
@@ -277,6 +277,7 @@ impl<D: Disk> Member<D> {
             Some(index) => self.confirmed.push((index, round)),
             // The next poll asks whoever leads then.
             None => {
+                self.turned_down_at = Some(self.clock.elapsed());
                 self.asked.begin(round.since);
                 self.asked.since = self.asked.since.min(round.since);
                 self.asked.reads.append(&mut round.reads);
@@ -286,7 +287,7 @@ impl<D: Disk> Member<D> {
     }
 
     pub(super) fn touches(&mut self, from: MemberId, boot: u64, touches: Vec<(u64, SessionId, SessionToken)>) {
-        let takes = self.lead.is_some() && !self.stopping;
+        let takes = self.lead.is_some() && self.may_ask().is_ok();
         self.asked.begin(self.clock.elapsed());
         for (number, session, token) in touches {
             let ticket = Ticket { member: from, boot, number };
@@ -311,6 +312,7 @@ impl<D: Disk> Member<D> {
                     self.told.push((ticket, Answer::Renewed(Err(Rejection::SessionExpired { session }))));
                 }
                 Touched::Refused => {
+                    self.turned_down_at = Some(self.clock.elapsed());
                     self.asked.begin(touching.at);
                     self.asked.since = self.asked.since.min(touching.at);
                     self.asked.renewals.push((session, touching.token, ticket));
@@ -351,7 +353,12 @@ impl<D: Disk> Member<D> {
         let (now, timeout) = (self.clock.elapsed(), self.config.election_ms());
         match self.lead {
             Some(_) => self.majority_heard_at().is_some_and(|at| now < at + timeout),
-            None => self.raft.raft.leader_id != raft::INVALID_ID && now < self.leader_heard_at + timeout,
+            // One that can be heard, and says that it cannot answer, has lost its own majority.
+            None => {
+                self.raft.raft.leader_id != raft::INVALID_ID
+                    && now < self.leader_heard_at + timeout
+                    && self.turned_down_at.is_none_or(|at| now >= at + timeout)
+            }
         }
     }
 

@@ -24,6 +24,8 @@ const FACTS_MS: u64 = 1_000;
 /// A learner that lacks no more entries than this has caught up.
 const CLOSE_ENTRIES: u64 = 256;
 const BOOT_BITS: u32 = 16;
+/// Members that came and are not in the table here.
+const STRANGERS_MAX: usize = 16;
 /// A peer that should fetch a snapshot and has not asked for a piece for so long is offered one anew.
 const FETCH_STALLS_MS: u64 = 5_000;
 /// Clocks of members may differ by this much before somebody should know.
@@ -38,6 +40,15 @@ pub(super) struct Link {
     heard_at: u64,
     facts: Option<PeerFacts>,
     skew_ms: i64,
+}
+
+/// What the log says of a member's folder.
+struct Registered {
+    /// `None`: it has never come.
+    storage: Option<[u8; 16]>,
+    boots: u64,
+    /// How far its log is known to have reached, of entries that are committed.
+    end: u64,
 }
 
 /// What came up with a peer that is worth an operator's word.
@@ -64,6 +75,7 @@ impl<D: Disk> Member<D> {
             release: self.config.release.clone(),
             wall_ms,
             join: self.config.join.as_ref().map_or([0; 16], |j| j.secret),
+            address: self.own_address().to_owned(),
         }
     }
 
@@ -79,6 +91,7 @@ impl<D: Disk> Member<D> {
             return Err(refusal);
         }
         self.complaints.0.remove(&hello.member);
+        self.meet(hello);
         let skew_ms = i64::try_from(hello.wall_ms).unwrap_or(i64::MAX).saturating_sub_unsigned(wall_ms);
         let link =
             Link { boot: hello.boot, storage: hello.storage, heard_at: self.clock.elapsed(), facts: None, skew_ms };
@@ -128,7 +141,7 @@ impl<D: Disk> Member<D> {
                 || self.config.peers.iter().any(|(id, ..)| *id == hello.member)
                 || self.may_be_added_since(hello);
             if expected {
-                return Ok(());
+                return self.judge_folder(hello, self.known_folder(hello.member));
             }
             return refuse(false, format!("`{name}` is no member of this cluster: add it with `tenure member add`"));
         };
@@ -139,6 +152,15 @@ impl<D: Disk> Member<D> {
     fn may_be_added_since(&self, hello: &Hello) -> bool {
         let (last_index, last_term) = self.raft.store().last();
         hello.cluster == self.machine.cluster() && (hello.last_term, hello.last_index) >= (last_term, last_index)
+    }
+
+    /// What it says is answered over a connection to it, so one that is not in the table here is dialled too.
+    fn meet(&mut self, hello: &Hello) {
+        let known = self.peers().iter().any(|(id, ..)| *id == hello.member);
+        if !known && !hello.address.is_empty() && self.strangers.len() < STRANGERS_MAX {
+            self.strangers.insert(hello.member, (hello.name.clone(), hello.address.clone()));
+            self.strangers_version += 1;
+        }
     }
 
     fn judge_record(&self, hello: &Hello, record: &MemberRecord) -> Result<(), PeerRefusal> {
@@ -159,22 +181,29 @@ impl<D: Disk> Member<D> {
                 why: format!("member {} is called `{name}`, not `{}`: check --name", record.id, hello.name),
             });
         }
-        if self.config.sabotage == Some(Sabotage::ForgetStorage) {
-            return Ok(());
-        }
-        if record.has_come() && record.storage != hello.storage {
-            return fatal(format!(
-                "member `{name}` comes with another data folder than the one it was registered with: the folder was wiped or swapped, and the votes and entries it had given its word for are not in it; put the old folder back, or use `tenure member replace {name}`"
-            ));
-        }
-        if !record.has_come() && record.join != [0; 32] && record.join != digest(&hello.join) {
+        let registered = self.known_folder(record.id);
+        if registered.storage.is_none() && record.join != [0; 32] && record.join != digest(&hello.join) {
             return fatal(format!(
                 "the join token of member `{name}` is not the one that was given out: use the newest"
             ));
         }
+        self.judge_folder(hello, registered)
+    }
+
+    fn judge_folder(&self, hello: &Hello, registered: Registered) -> Result<(), PeerRefusal> {
+        let name = &hello.name;
+        let fatal = |why: String| Err(PeerRefusal { fatal: true, why });
+        if self.config.sabotage == Some(Sabotage::ForgetStorage) {
+            return Ok(());
+        }
+        if registered.storage.is_some_and(|storage| storage != hello.storage) {
+            return fatal(format!(
+                "member `{name}` comes with another data folder than the one it was registered with: the folder was wiped or swapped, and the votes and entries it had given its word for are not in it; put the old folder back, or use `tenure member replace {name}`"
+            ));
+        }
         // A folder that was put back may come to the number of the start that was registered, but not to its draw.
-        let same_start = hello.boots >> BOOT_BITS == record.boots >> BOOT_BITS && hello.boots != record.boots;
-        if hello.boots < record.boots || same_start || hello.last_index < self.known_end(record) {
+        let same_start = hello.boots >> BOOT_BITS == registered.boots >> BOOT_BITS && hello.boots != registered.boots;
+        if hello.boots < registered.boots || same_start || hello.last_index < registered.end {
             return fatal(format!(
                 "the data folder of member `{name}` is older than what the member has acknowledged: a copy was put back; put the newest folder in its place, or use `tenure member replace {name}`"
             ));
@@ -182,13 +211,35 @@ impl<D: Disk> Member<D> {
         Ok(())
     }
 
-    /// How far the log of a member is known to have reached, of entries that are committed.
-    fn known_end(&self, record: &MemberRecord) -> u64 {
-        let acknowledged = match self.lead {
-            Some(_) => self.raft.raft.prs().get(record.id.0).map_or(0, |p| p.matched),
-            None => 0,
+    /// What is known of a member's folder. After a start, what is in the log and not known to be committed counts: it may have been
+    /// applied before, and whoever wrote it had it from the member itself.
+    fn known_folder(&self, id: MemberId) -> Registered {
+        let record = self.machine.member(id);
+        let mut known = Registered {
+            storage: record.filter(|r| r.has_come()).map(|r| r.storage),
+            boots: record.map_or(0, |r| r.boots),
+            end: record.map_or(0, |r| r.seen.0),
         };
-        record.seen.0.max(acknowledged.min(self.raft.raft.raft_log.committed))
+        if self.lead.is_some() {
+            let acknowledged = self.raft.raft.prs().get(id.0).map_or(0, |p| p.matched);
+            known.end = known.end.max(acknowledged.min(self.raft.raft.raft_log.committed));
+        }
+        let unapplied = self.raft.store().after(self.machine.position().index.0);
+        let batches = unapplied.filter(|e| e.entry_type == EntryType::EntryNormal && !e.data.is_empty());
+        for batch in batches.filter_map(|e| Batch::decode(&e.data).ok()) {
+            for op in batch.txns.iter().flat_map(|t| &t.then) {
+                match op {
+                    Op::MemberRegister { id: of, storage, boots, .. } if *of == id => {
+                        if *known.storage.get_or_insert(*storage) == *storage {
+                            known.boots = known.boots.max(*boots);
+                        }
+                    }
+                    Op::MemberSeen { id: of, index } if *of == id => known.end = known.end.max(index.0),
+                    _ => {}
+                }
+            }
+        }
+        known
     }
 
     /// Every connection for messages with that life of a peer is closed.
@@ -260,6 +311,7 @@ impl<D: Disk> Member<D> {
         for (id, name, address) in self.config.peers.iter().chain(joined) {
             peers.insert(*id, (name.clone(), address.clone()));
         }
+        peers.extend(self.strangers.clone());
         for record in self.machine.members() {
             if !record.is_live() {
                 peers.remove(&record.id);
@@ -273,7 +325,7 @@ impl<D: Disk> Member<D> {
 
     /// Another number when `peers` may give something else.
     pub fn peers_version(&self) -> u64 {
-        self.machine.members_version()
+        self.machine.members_version() + self.strangers_version
     }
 
     fn own_address(&self) -> &str {
@@ -484,6 +536,17 @@ impl<D: Disk> Member<D> {
                 let others = voters.iter().filter(|id| registered(MemberId(**id)).is_some()).count();
                 !voters.contains(&from.0) || others <= voters.len() / 2
             }
+        }
+    }
+
+    /// Where an acknowledgement that does not count leads: what is sent next, so that the member comes to the entry that registers it.
+    pub(super) fn lead_on(&mut self, from: MemberId, index: u64) {
+        if let Some(progress) = self.raft.raft.mut_prs().get_mut(from.0)
+            && progress.state == raft::ProgressState::Probe
+            && progress.next_idx <= index
+        {
+            progress.next_idx = index + 1;
+            progress.resume();
         }
     }
 

@@ -340,6 +340,22 @@ fn without_a_majority_answers_come_within_an_election_timeout() {
     group.agree();
 }
 
+/// The leader that it hears has lost its own majority, and goes on to be heard until it notices.
+#[test]
+fn a_follower_of_a_leader_without_a_majority_is_answered_in_time() {
+    let mut group = Group::new(5);
+    let first = group.leader();
+    group.until("five are registered", |g| g.is_registered(5));
+    let others = group.others(first);
+    let follower = others[0];
+    group.cut = others[1..].iter().copied().collect();
+    let read = group.member(follower).read().unwrap();
+    let renewal = group.member(follower).renew(SessionId(1), 0);
+    group.pass(1_300);
+    assert_eq!(group.answers.remove(&read), Some(Answer::Refused(Refusal::NoQuorum)));
+    assert_eq!(group.answers.remove(&renewal), Some(Answer::Refused(Refusal::NoQuorum)));
+}
+
 #[test]
 fn a_killed_leader_is_replaced_at_once_and_a_flapping_link_replaces_nobody() {
     let mut group = Group::new(3);
@@ -610,4 +626,30 @@ fn a_leader_that_was_added_meanwhile_is_let_in() {
     group.start(late);
     group.agree();
     assert!(group.member(late).machine().member(MemberId(4)).is_some());
+}
+
+#[test]
+fn a_folder_put_back_by_one_start_is_refused() {
+    let mut group = Group::new(3);
+    group.leader();
+    group.until("three are registered", |g| g.is_registered(3));
+    group.crash(3);
+    let at = group.at(3);
+    let old_copy = group.nodes[at].disk.copy();
+    group.start(3);
+    let hello = group.member(3).hello(0);
+    group.until("this start is registered everywhere", |g| {
+        (1..=3).all(|id| g.member(id).machine().member(MemberId(3)).is_some_and(|r| r.boots == hello.boots))
+    });
+    // All at once, so that nobody notes how far its log went.
+    for id in [1, 2, 3] {
+        group.crash(id);
+    }
+    group.nodes[at].disk = old_copy;
+    for id in [1, 2, 3] {
+        group.start(id);
+    }
+    group.pass(500);
+    let fault = group.nodes[at].fault.clone().unwrap();
+    assert!(fault.contains("a copy was put back"), "{fault}");
 }
