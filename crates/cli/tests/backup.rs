@@ -230,7 +230,7 @@ fn a_backup_copied_into_a_folder_does_not_start() {
     fs::copy(&file, folder.path().join("snapshot-0000000000000009")).unwrap();
     let (code, said) = refused(folder.path(), &[]);
     assert_eq!(code, 1, "{said}");
-    assert!(said.contains("there is no identity file beside it; choose an empty folder"), "{said}");
+    assert!(said.contains("`tenure restore` makes one of it"), "{said}");
 }
 
 #[test]

@@ -24,17 +24,16 @@ pub(crate) struct Identity {
     pub(crate) storage: [u8; 16],
 }
 
-/// The id of the member that a folder is of, if it is of one of this name and cluster. A folder keeps the id that it was made with, so a
-/// member that once joined by a token needs none to start again.
-pub fn owner_of(disk: &mut dyn Disk, cluster: &str, name: &str) -> Result<Option<MemberId>, OpenError> {
+/// The member that a folder is of, if it is one of this name: its id and the token of its cluster. A folder keeps what it was made with, so
+/// a member that once joined by a token needs none to start again.
+pub fn owner_of(disk: &mut dyn Disk, name: &str) -> Result<Option<(MemberId, String)>, OpenError> {
     let io = |doing| move |error| OpenError::Io { doing, file: FILE.to_owned(), error };
     if !disk.list().map_err(io("list the folder of"))?.iter().any(|name| name == FILE) {
         return Ok(None);
     }
     let bytes = disk.read(FILE, 0, 1 << 16).map_err(io("read"))?;
     let found = Written::read(&bytes)?;
-    let same = found.cluster == cluster.escape_default().to_string() && found.name == name.escape_default().to_string();
-    Ok(same.then_some(MemberId(found.member)))
+    Ok((found.name == name.escape_default().to_string()).then_some((MemberId(found.member), found.cluster)))
 }
 
 /// The file as it is written: with texts escaped.

@@ -136,6 +136,8 @@ pub struct Member<D: Disk> {
     strangers: BTreeMap<MemberId, (String, String)>,
     strangers_version: u64,
     complaints: Complaints,
+    /// Counts changes of the configuration.
+    conf_version: u64,
     /// Registrations in the log of a leader that it has not applied. They count: a member whose word is needed for the entry that
     /// registers it could not come otherwise.
     unapplied_storage: BTreeMap<MemberId, [u8; 16]>,
@@ -334,6 +336,7 @@ impl<D: Disk> Member<D> {
             strangers: BTreeMap::new(),
             strangers_version: 0,
             complaints: Complaints::default(),
+            conf_version: 0,
             unapplied_storage: BTreeMap::new(),
             leader_end: (MemberId(0), 0),
             registering: None,
@@ -1292,6 +1295,7 @@ impl<D: Disk> Member<D> {
         let store = self.raft.mut_store();
         store.conf_state = conf;
         store.members_changed = true;
+        self.conf_version += 1;
         self.set_jitter();
         self.reconcile_at = 0;
         self.notice_removal();
@@ -1616,6 +1620,11 @@ fn check_leftover<D: Disk>(disk: &mut D, name: &str) -> Result<(), OpenError> {
     let foreign = |why: &str| Err(OpenError::OtherFormat { file: name.to_owned(), why: why.to_owned() });
     if is_temporary(name) || name == "lost+found" || name == "lock" || name.starts_with('.') {
         return Ok(());
+    }
+    if snapshot::index_of(name).is_some() {
+        return foreign(
+            "a snapshot alone is no folder of a member; `tenure restore` makes one of it, in another folder",
+        );
     }
     if !log::is_ours(name) {
         return foreign("there is no identity file beside it; choose an empty folder");

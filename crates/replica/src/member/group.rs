@@ -229,10 +229,12 @@ impl<D: Disk> Member<D> {
         for batch in batches.filter_map(|e| Batch::decode(&e.data).ok()) {
             for op in batch.txns.iter().flat_map(|t| &t.then) {
                 match op {
-                    Op::MemberRegister { id: of, storage, boots, .. } if *of == id => {
-                        if *known.storage.get_or_insert(*storage) == *storage {
-                            known.boots = known.boots.max(*boots);
-                        }
+                    // A registration under another folder than the first is refused when it is applied.
+                    Op::MemberRegister { id: of, storage, boots, .. }
+                        if *of == id && known.storage.is_none_or(|first| first == *storage) =>
+                    {
+                        known.storage = Some(*storage);
+                        known.boots = known.boots.max(*boots);
                     }
                     Op::MemberSeen { id: of, index } if *of == id => known.end = known.end.max(index.0),
                     _ => {}
@@ -312,8 +314,12 @@ impl<D: Disk> Member<D> {
             peers.insert(*id, (name.clone(), address.clone()));
         }
         peers.extend(self.strangers.clone());
+        let conf = &self.raft.store().conf_state;
+        let still_in =
+            |id: u64| [&conf.voters, &conf.learners, &conf.voters_outgoing].iter().any(|ids| ids.contains(&id));
         for record in self.machine.members() {
-            if !record.is_live() {
+            // One that is to go is talked to until the configuration is without it: it has to hear of that.
+            if !record.is_live() && !still_in(record.id.0) {
                 peers.remove(&record.id);
             } else if !record.peer.is_empty() {
                 peers.insert(record.id, (record.name.to_string(), record.peer.to_string()));
@@ -325,7 +331,7 @@ impl<D: Disk> Member<D> {
 
     /// Another number when `peers` may give something else.
     pub fn peers_version(&self) -> u64 {
-        self.machine.members_version() + self.strangers_version
+        self.machine.members_version() + self.strangers_version + self.conf_version
     }
 
     fn own_address(&self) -> &str {
@@ -697,7 +703,13 @@ impl<D: Disk> Member<D> {
         };
         let skewed = self.links.iter().filter(|(_, l)| l.skew_ms.unsigned_abs() > SKEW_MS);
         let skewed = skewed.map(|(id, l)| Alarm::ClockSkew { member: name(id), ms: l.skew_ms });
-        let said = self.complaints.0.iter().map(|(id, why)| Alarm::Peer { member: name(id), why: why.clone() });
+        let gone = |id: &MemberId| self.machine.member(*id).is_some_and(|r| !r.is_live());
+        let said = self
+            .complaints
+            .0
+            .iter()
+            .filter(|(id, _)| !gone(id))
+            .map(|(id, why)| Alarm::Peer { member: name(id), why: why.clone() });
         skewed.chain(said).collect()
     }
 

@@ -435,6 +435,7 @@ impl<D: Disk> Member<D> {
         self.log.reset(meta.index, meta.term, &conf);
         self.raft.mut_store().reset(meta.index, meta.term, conf);
         self.raft.mut_store().members_changed = true;
+        self.conf_version += 1;
         self.machine = machine;
         self.machine.set_memory_limits(self.config.memory);
         self.taken = Some((meta, bytes));
