@@ -867,8 +867,9 @@ impl Loop {
             PeerEvent::OwnHello { reply } => {
                 let _ = reply.send(self.member.hello(wall_ms()));
             }
-            PeerEvent::Greeting { hello, reply, .. } => {
+            PeerEvent::Greeting { hello, lane, reply } => {
                 let wall = wall_ms();
+                tracing::debug!(member = hello.name, ?lane, "a member says hello");
                 let judged = self.member.greet(&hello, wall).map(|()| self.member.hello(wall));
                 if let Err(refusal) = &judged {
                     tracing::warn!(member = hello.name, "a member was refused: {refusal}");
@@ -885,7 +886,8 @@ impl Loop {
                 tracing::warn!(by = %by, "refused by a member: {refusal}");
                 self.member.turned_away(by, &refusal);
             }
-            PeerEvent::Frames { from, frames, credit, .. } => {
+            PeerEvent::Frames { from, boot, lane, frames, credit } => {
+                tracing::trace!(%from, boot, ?lane, count = frames.len(), "messages");
                 for frame in &frames {
                     self.member.receive(from, frame);
                 }

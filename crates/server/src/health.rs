@@ -9,6 +9,7 @@ use crate::Context;
 use crate::driver::Figures;
 use crate::metrics::Exposition;
 use crate::pages::{Check, CheckFuture, Health};
+use crate::peers::{LinkFacts, PeersFacts};
 
 const CHECKS: &[Check] = &[
     Check { name: "data_corruption", live: false, ready: true },
@@ -48,7 +49,11 @@ impl Health for MemberHealth {
             match name {
                 "serializable_read" => self.read(true).await,
                 "linearizable_read" => self.read(false).await,
-                // A damaged member does not run, and there are no learners.
+                "non_learner" => {
+                    let is_learner = self.context.figures().status.is_some_and(|s| s.learners.contains(&s.member));
+                    if is_learner { Err("this member is a learner: it has no vote yet".to_owned()) } else { Ok(()) }
+                }
+                // A damaged member does not run.
                 _ => Ok(()),
             }
         })
@@ -73,6 +78,9 @@ impl Health for MemberHealth {
         let figures = self.context.figures();
         consensus(out, &figures);
         storage(out, &figures);
+        if let Some(peers) = self.context.peers.get() {
+            connections(out, &peers.facts());
+        }
         let handle = &self.context.handle;
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed) as f64;
         let watch = &handle.watch_facts;
@@ -132,7 +140,9 @@ fn consensus(out: &mut Exposition, figures: &Figures) {
         &[],
         flag(is_leader),
     );
-    out.gauge("etcd_server_is_learner", "Whether or not this member is a learner. 1 if is, 0 otherwise.", &[], 0.0);
+    let is_learner = status.learners.contains(&status.member);
+    let help = "Whether or not this member is a learner. 1 if is, 0 otherwise.";
+    out.gauge("etcd_server_is_learner", help, &[], flag(is_learner));
     let help = "The number of leader changes seen.";
     out.counter("etcd_server_leader_changes_seen_total", help, &[], status.leader_changes as f64);
     let help = "The total number of consensus proposals committed.";
@@ -148,6 +158,60 @@ fn consensus(out: &mut Exposition, figures: &Figures) {
         figures.failed as f64,
     );
     out.gauge("tenure_alarms", "Things that an operator should look at.", &[], status.alarms.len() as f64);
+}
+
+/// One figure of a connection for each peer: the name, what it is, its label, and the figure.
+type PeerFigure = (&'static str, &'static str, &'static str, fn(&LinkFacts) -> f64);
+
+fn connections(out: &mut Exposition, facts: &PeersFacts) {
+    const FIGURES: [PeerFigure; 7] = [
+        ("etcd_network_peer_sent_bytes_total", "The total number of bytes sent to peers.", "To", |l| {
+            (l.messages.sent_bytes + l.bulk.sent_bytes) as f64
+        }),
+        ("etcd_network_peer_received_bytes_total", "The total number of bytes received from peers.", "From", |l| {
+            (l.messages.received_bytes + l.bulk.received_bytes) as f64
+        }),
+        ("tenure_peer_messages_sent_total", "Messages sent to a member.", "to", |l| {
+            (l.messages.sent_frames + l.bulk.sent_frames) as f64
+        }),
+        ("tenure_peer_messages_received_total", "Messages received from a member.", "from", |l| {
+            (l.messages.received_frames + l.bulk.received_frames) as f64
+        }),
+        ("tenure_peer_messages_dropped_total", "Messages dropped for want of a connection or of room.", "to", |l| {
+            (l.messages.dropped_full + l.messages.dropped_down + l.bulk.dropped_full + l.bulk.dropped_down) as f64
+        }),
+        ("tenure_peer_connects_total", "Connections made to a member.", "to", |l| {
+            (l.messages.connects + l.bulk.connects) as f64
+        }),
+        ("tenure_peer_queued_bytes", "Bytes that wait to be sent to a member.", "to", |l| {
+            (l.messages.queued_bytes + l.bulk.queued_bytes) as f64
+        }),
+    ];
+    for (name, help, label, figure) in FIGURES {
+        for link in &facts.links {
+            let id = format!("{:x}", link.member.0);
+            // etcd names the peer by its id alone.
+            let labels = [(label, id.as_str()), ("name", link.name.as_str())];
+            let labels = if name.starts_with("etcd_") { &labels[..1] } else { &labels[..] };
+            let value = figure(link);
+            if name.ends_with("_total") {
+                out.counter(name, help, labels, value)
+            } else {
+                out.gauge(name, help, labels, value)
+            }
+        }
+    }
+    for link in &facts.links {
+        let labels = [("name", link.name.as_str()), ("address", link.address.as_str())];
+        let help = "Whether there is a connection for messages to a member.";
+        out.gauge("tenure_peer_connected", help, &labels, if link.is_connected { 1.0 } else { 0.0 });
+    }
+    let help = "Connections from other members.";
+    out.gauge("tenure_peer_connections_inbound", help, &[], facts.inbound as f64);
+    let help = "Connections refused because there were too many, and messages for members that are not known.";
+    let refused = [("what", "inbound"), ("what", "unknown")];
+    out.counter("tenure_peer_refused_total", help, &refused[..1], facts.inbound_excess as f64);
+    out.counter("tenure_peer_refused_total", help, &refused[1..], facts.dropped_unknown as f64);
 }
 
 fn storage(out: &mut Exposition, figures: &Figures) {

@@ -37,7 +37,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tenure_machine::{Limit, MemberId, MemoryLimits, Op, Txn};
-use tenure_replica::{AutoCompact, Member};
+use tenure_replica::{AutoCompact, Join, Member};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinHandle;
@@ -51,6 +51,8 @@ pub use crate::pages::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
 pub use crate::peers::TlsFiles;
 use crate::peers::{PeerTls, Peers};
 
+/// What clusters are called whose operator gave them no name.
+const DEFAULT_CLUSTER_TOKEN: &str = "tenure-cluster";
 /// etcd's allowance above the request limit for a message as it arrives.
 const MESSAGE_OVERHEAD_BYTES: usize = 512 << 10;
 
@@ -107,7 +109,7 @@ impl Default for Config {
             peer_tls: None,
             join: None,
             cluster: Vec::new(),
-            cluster_token: "tenure-cluster".to_owned(),
+            cluster_token: DEFAULT_CLUSTER_TOKEN.to_owned(),
             insecure: false,
             memory_soft_limit: 3 << 30,
             memory_hard_limit: 4 << 30,
@@ -181,6 +183,7 @@ pub struct Server {
 /// What every service needs.
 #[derive(Clone)]
 pub(crate) struct Context {
+    pub(crate) peers: Arc<OnceLock<Peers>>,
     pub(crate) handle: Handle,
     pub(crate) settings: Arc<Settings>,
 }
@@ -199,9 +202,6 @@ pub(crate) struct Settings {
     pub(crate) name: String,
     pub(crate) client_urls: Vec<String>,
     pub(crate) peer_urls: Vec<String>,
-    /// `host:port` for other members.
-    pub(crate) peer_address: String,
-    pub(crate) cluster_token: String,
     pub(crate) data_dir: PathBuf,
     pub(crate) max_request_bytes: usize,
     pub(crate) max_txn_ops: usize,
@@ -246,7 +246,8 @@ impl Server {
         let driver = Arc::new(driver);
         let connecting = keep_peers(config.clone(), peer_listener, tls, peers.clone(), wanted, driver.handle.clone());
         let mut tasks = vec![tokio::spawn(connecting)];
-        let context = Context { handle: driver.handle.clone(), settings: Arc::new(settings(&config, address)) };
+        let settings = Arc::new(settings(&config, address));
+        let context = Context { peers: peers.clone(), handle: driver.handle.clone(), settings };
         if is_alone {
             tokio::select! {
                 Ok(()) = is_ready => {}
@@ -424,6 +425,45 @@ async fn keep_peers(
     }
 }
 
+/// Who this member is and with whom, as flags, join token and folder say.
+struct Belonging {
+    cluster_token: String,
+    own: MemberId,
+    /// This member, and in a static start the others.
+    peers: Vec<(MemberId, String, String)>,
+    join: Option<Join>,
+}
+
+fn belonging(config: &Config, disk: &mut FsDisk) -> Result<Belonging, StartError> {
+    let known = tenure_replica::owner_of(disk, &config.name)?;
+    let own_address = plain(&config.peer_listen).to_owned();
+    if let Some(text) = &config.join {
+        let token = join_token::JoinToken::decode(text).map_err(StartError::Join)?;
+        if token.name != config.name {
+            let why = format!("the token is for a member called `{}`: start it with --name {0}", token.name);
+            return Err(StartError::Join(why));
+        }
+        let address = if token.peer.is_empty() { own_address } else { token.peer.clone() };
+        let peers = vec![(token.member, config.name.clone(), address)];
+        let join = Some(token.join());
+        return Ok(Belonging { cluster_token: token.cluster_token, own: token.member, peers, join });
+    }
+    let members = static_members(config)?;
+    let own = member_id(&config.name, &config.cluster_token);
+    let mut cluster_token = config.cluster_token.clone();
+    match known {
+        // A folder keeps the id that it was made with; who the others are is in its state.
+        Some((id, token)) if id != own => {
+            if cluster_token == DEFAULT_CLUSTER_TOKEN {
+                cluster_token = token;
+            }
+            let peers = vec![(id, config.name.clone(), own_address)];
+            Ok(Belonging { cluster_token, own: id, peers, join: None })
+        }
+        _ => Ok(Belonging { cluster_token, own, peers: members, join: None }),
+    }
+}
+
 fn member_config(
     config: &Config,
     disk: &mut FsDisk,
@@ -435,32 +475,7 @@ fn member_config(
     let mut more = [0; 16];
     getrandom::fill(&mut more).map_err(StartError::Random)?;
     let ticks = |length: Duration| (length.as_millis() / config.tick.as_millis()).max(1);
-    let own_address = plain(&config.peer_listen).to_owned();
-    let mut cluster_token = config.cluster_token.clone();
-    let (mut own, mut peers, mut join) = (member_id(&config.name, &cluster_token), Vec::new(), None);
-    match &config.join {
-        Some(text) => {
-            let token = join_token::JoinToken::decode(text).map_err(StartError::Join)?;
-            if token.name != config.name {
-                let why = format!("the token is for a member called `{}`: start it with --name {0}", token.name);
-                return Err(StartError::Join(why));
-            }
-            cluster_token = token.cluster_token.clone();
-            own = token.member;
-            join = Some(token.join());
-        }
-        None => peers = static_members(config)?,
-    }
-    if let Some(known) = tenure_replica::owner_of(disk, &cluster_token, &config.name)?
-        && known != own
-    {
-        // A folder keeps the id that it was made with.
-        own = known;
-        peers.clear();
-    }
-    if peers.is_empty() {
-        peers.push((own, config.name.clone(), own_address));
-    }
+    let Belonging { cluster_token, own, peers, join } = belonging(config, disk)?;
     Ok(tenure_replica::Config {
         cluster_token,
         peers,
@@ -507,13 +522,14 @@ fn driver_config(config: &Config) -> DriverConfig {
 
 fn settings(config: &Config, address: SocketAddr) -> Settings {
     let election_ms = config.election_timeout.as_millis() as u64;
-    let url = |address: &str| if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     Settings {
         name: config.name.clone(),
         client_urls: vec![client_url(config, address)],
-        peer_urls: vec![url(&config.peer_listen)],
-        peer_address: plain(&config.peer_listen).to_owned(),
-        cluster_token: config.cluster_token.clone(),
+        peer_urls: vec![format!(
+            "{}://{}",
+            if config.peer_tls.is_some() { "https" } else { "http" },
+            plain(&config.peer_listen)
+        )],
         data_dir: config.data_dir.clone(),
         max_request_bytes: config.max_request_bytes as usize,
         max_txn_ops: config.max_txn_ops as usize,

@@ -97,7 +97,7 @@ struct Taken {
     lane: Lane,
     member: MemberId,
     boot: u64,
-    counted: Option<Counted>,
+    _counted: Option<Counted>,
     place: Place,
 }
 
@@ -175,7 +175,7 @@ async fn welcome(
     }
     // An open bulk connection says nothing of the peer's life.
     let counted = (lane == Lane::Messages).then_some(counted);
-    Ok(Taken { stream, buffer, lane, member, boot, counted, place })
+    Ok(Taken { stream, buffer, lane, member, boot, _counted: counted, place })
 }
 
 /// Writes it, and reads until the other has hung up: a close with something unread would take the words back.
