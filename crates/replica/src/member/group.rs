@@ -4,7 +4,8 @@
 //! it acknowledged. Z2: the configuration follows the table of members one change at a time; a learner votes only when it has caught up;
 //! one that replaces another comes and the other goes in the same change. Z3: a closed connection to the leader starts a vote at once, which
 //! comes to nothing while a majority hears of it. Z4: a leader that is asked to go hands over to the member that is furthest.
-//! Not promised. That a member of a static start that was wiped before any other had heard of it is noticed.
+//! Not promised. That a member of a static start that was wiped before any other had heard of it is noticed; or that a copy of a folder from
+//! when its member was the only voter is: it knows of nobody whom it could ask.
 
 use super::*;
 use crate::effects::PeerStatus;

@@ -539,7 +539,9 @@ impl World {
     pub(super) fn end(&mut self, node: usize, how: End) -> Result<(), String> {
         self.trace.say(|| format!("{} us: n{node} ends: {how:?}", self.now));
         let n = &mut self.nodes[node];
-        let last_index = n.member.take().map(|m| m.status().last_index);
+        // A folder from when it was the only voter decides alone when it is put back: nobody can tell it.
+        let status = n.member.take().map(|m| m.status());
+        let last_index = status.filter(|s| s.voters.len() > 1).map(|s| s.last_index);
         (n.poll_at, n.paused, n.working) = (None, false, false);
         n.backlog.clear();
         n.jobs.clear();
