@@ -845,9 +845,11 @@ impl Loop {
         self.followed = now;
         match now {
             (Some(leader), term) => {
-                let name =
-                    self.member.machine().member(leader).map_or_else(|| leader.to_string(), |m| m.name.to_string());
-                tracing::info!(term, "member {name} leads");
+                let said = match self.member.peers().into_iter().find(|(id, ..)| *id == leader) {
+                    Some((_, name, _)) => format!("member {name} leads"),
+                    None => "this member leads".to_owned(),
+                };
+                tracing::info!(term, "{said}");
             }
             (None, term) => tracing::info!(term, "nobody leads"),
         }
@@ -920,7 +922,8 @@ impl Loop {
     /// What headers say. The term of a member that serves is that of its newest entry.
     fn learn_identity(&mut self) {
         let machine = self.member.machine();
-        self.identity.advance(machine.cluster(), machine.position().term.0, machine.stamp());
+        let stale_ms = self.member.stale_ms();
+        self.identity.advance(machine.cluster(), machine.position().term.0, machine.stamp(), stale_ms);
     }
 
     /// Everything that is done in small pieces; true while there is more to do at once.

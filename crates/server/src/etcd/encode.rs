@@ -17,6 +17,8 @@ pub struct Identity {
     term: AtomicU64,
     /// The newest log time, from which ages are told.
     stamp: AtomicU64,
+    /// How old what a stale read finds may be.
+    stale_ms: AtomicU64,
 }
 
 impl Identity {
@@ -24,10 +26,15 @@ impl Identity {
         Self { member: AtomicU64::new(member), ..Self::default() }
     }
 
-    pub(crate) fn advance(&self, cluster: u64, term: u64, stamp: LogTime) {
+    pub(crate) fn advance(&self, cluster: u64, term: u64, stamp: LogTime, stale_ms: u64) {
+        self.stale_ms.store(stale_ms, Ordering::Relaxed);
         self.cluster.store(cluster, Ordering::Relaxed);
         self.term.store(term, Ordering::Relaxed);
         self.stamp.store(stamp.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stale_ms(&self) -> u64 {
+        self.stale_ms.load(Ordering::Relaxed)
     }
 
     pub(crate) fn stamp(&self) -> LogTime {
@@ -311,7 +318,7 @@ mod tests {
 
     fn identity() -> Identity {
         let identity = Identity::new(7);
-        identity.advance(u64::MAX, 3, LogTime(0));
+        identity.advance(u64::MAX, 3, LogTime(0), 0);
         identity
     }
 

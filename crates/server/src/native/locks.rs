@@ -270,7 +270,7 @@ async fn get(context: Context, request: v1::LockGetRequest) -> Result<v1::LockGe
     };
     let (lock, revision) = query(&context, request.stale, look).await?;
     let free = || v1::Lock { name: request.name.clone(), ..Default::default() };
-    Ok(v1::LockGetReply { header: full_header(&context, revision), lock: Some(lock.unwrap_or_else(free)) })
+    Ok(v1::LockGetReply { header: full_header(&context, revision, request.stale), lock: Some(lock.unwrap_or_else(free)) })
 }
 
 async fn list(context: Context, request: v1::LockListRequest) -> Result<v1::LockListReply, Refused> {
@@ -284,7 +284,7 @@ async fn list(context: Context, request: v1::LockListRequest) -> Result<v1::Lock
     };
     let (locks, revision) = query(&context, request.stale, look).await?;
     let next = locks.last().filter(|_| locks.len() == max).map_or_else(String::new, |last| last.name.clone());
-    Ok(v1::LockListReply { header: full_header(&context, revision), locks, next })
+    Ok(v1::LockListReply { header: full_header(&context, revision, request.stale), locks, next })
 }
 
 fn shown(view: &View<'_>, info: &LockInfo, waiters_max: usize) -> v1::Lock {

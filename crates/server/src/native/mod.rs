@@ -136,13 +136,14 @@ pub(crate) fn refusal(error: Refused) -> Status {
 
 /// Runs a plan for a caller that waits for this one answer.
 pub(crate) async fn run(context: &Context, plan: Plan) -> Result<Bytes, Status> {
+    let is_stale = matches!(plan, Plan::Read(_, true, _));
     let (outcome, finish) = match plan {
         Plan::Write(txn, finish) => (Outcome::Write(context.write_held(txn).await), finish),
         Plan::Read(read, stale, finish) => (Outcome::Read(context.native_read(read, stale).await), finish),
         Plan::Renew(sessions, finish) => (Outcome::Renew(context.renew(sessions).await), finish),
     };
     let mut answer = complete(context, finish, outcome).await.map_err(refusal)?;
-    fill_header(context, &mut answer);
+    fill_header(context, &mut answer, is_stale);
     Ok(encode_answer(&answer))
 }
 
@@ -253,13 +254,16 @@ pub(crate) fn identify(context: &Context, header: &mut v1::Header) {
 }
 
 /// The whole header of an answer outside of any plan.
-pub(crate) fn full_header(context: &Context, revision: Revision) -> Option<v1::Header> {
+pub(crate) fn full_header(context: &Context, revision: Revision, is_stale: bool) -> Option<v1::Header> {
     let mut header = header(revision, false);
     identify(context, &mut header);
+    if is_stale {
+        header.stale_ms = context.identity.stale_ms();
+    }
     Some(header)
 }
 
-fn fill_header(context: &Context, answer: &mut Answer) {
+fn fill_header(context: &Context, answer: &mut Answer, is_stale: bool) {
     let header = match answer {
         Answer::Put(a) => &mut a.header,
         Answer::Get(a) => &mut a.header,
@@ -274,7 +278,11 @@ fn fill_header(context: &Context, answer: &mut Answer) {
         Answer::SessionEnd(a) => &mut a.header,
         Answer::Error(_) => return,
     };
-    identify(context, header.get_or_insert_default());
+    let header = header.get_or_insert_default();
+    identify(context, header);
+    if is_stale {
+        header.stale_ms = context.identity.stale_ms();
+    }
 }
 
 fn encode_answer(answer: &Answer) -> Bytes {

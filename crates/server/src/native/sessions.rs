@@ -201,7 +201,7 @@ async fn get(context: Context, request: v1::SessionGetRequest) -> Result<v1::Ses
     };
     let (found, revision) = query(&context, request.stale, look).await?;
     match found {
-        Some(session) => Ok(v1::SessionGetReply { header: full_header(&context, revision), session: Some(session) }),
+        Some(session) => Ok(v1::SessionGetReply { header: full_header(&context, revision, request.stale), session: Some(session) }),
         None => Err(Box::new(words::not_found("there is no such session", &[("session", request.id.to_string())]))),
     }
 }
@@ -217,7 +217,7 @@ async fn list(context: Context, request: v1::SessionListRequest) -> Result<v1::S
     };
     let (sessions, revision) = query(&context, request.stale, look).await?;
     let next = sessions.last().filter(|_| sessions.len() == max).map_or(0, |last| last.id);
-    Ok(v1::SessionListReply { header: full_header(&context, revision), sessions, next })
+    Ok(v1::SessionListReply { header: full_header(&context, revision, request.stale), sessions, next })
 }
 
 pub(crate) fn page_limit(limit: u32) -> Result<usize, Refused> {

@@ -52,6 +52,10 @@ pub struct Header {
     /// from the first sending.
     #[prost(bool, tag = "5")]
     pub replayed: bool,
+    /// In the answer to a `stale` read: how many milliseconds ago the member was last in touch with a leader, or a leader with a majority. What was
+    /// committed since then may be missing. A pipeline does not tell it.
+    #[prost(uint64, tag = "6")]
+    pub stale_ms: u64,
 }
 /// A key with its value at one revision. Native keys of the namespace `default` are the etcd keys.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
