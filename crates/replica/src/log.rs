@@ -423,7 +423,7 @@ impl Log {
         });
     }
 
-    /// The commit index goes with the next record of entries: losing it costs nothing.
+    /// The commit index goes with the next record of entries. Until then losing it costs nothing.
     pub(crate) fn commit(&mut self, index: u64) {
         self.hard_state.commit = self.hard_state.commit.max(index);
     }

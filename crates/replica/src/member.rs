@@ -707,6 +707,11 @@ impl<D: Disk> Member<D> {
             self.confirm(state.index, &state.request_ctx);
         }
         let entries = ready.take_entries();
+        // With the entries goes what was known to be committed when they came: a member that starts with two changes of the members
+        // in its log, and does not know of the first, would count votes by a configuration that is over.
+        if let Some(hard_state) = ready.hs() {
+            self.log.commit(hard_state.commit);
+        }
         self.log.entries(&entries);
         self.snapshots.log_bytes += entries.iter().map(|e| e.data.len() as u64 + 64).sum::<u64>();
         self.raft.mut_store().append(entries);

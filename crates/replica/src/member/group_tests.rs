@@ -653,3 +653,27 @@ fn a_folder_put_back_by_one_start_is_refused() {
     let fault = group.nodes[at].fault.clone().unwrap();
     assert!(fault.contains("a copy was put back"), "{fault}");
 }
+
+#[test]
+fn what_was_committed_when_an_entry_came_is_on_disk_with_it() {
+    let mut group = Group::new(3);
+    let leader = group.leader();
+    group.until("three are registered", |g| g.is_registered(3));
+    group.agree();
+    let follower = group.others(leader)[0];
+    let status = group.member(follower).status();
+    let entry = |index| Entry { index, term: status.term, ..Entry::default() };
+    let mut message = Message { from: leader, to: follower, term: status.term, ..Message::default() };
+    message.set_msg_type(MessageType::MsgAppend);
+    (message.index, message.log_term) = (status.last_index, status.term);
+    message.entries = vec![entry(status.last_index + 1), entry(status.last_index + 2)].into();
+    message.commit = status.last_index + 1;
+    let bytes = message.write_to_bytes().unwrap();
+    let now = Millis(group.now);
+    let member = group.member(follower);
+    member.receive(MemberId(leader), &PeerMessage::Raft(&bytes).encode());
+    member.poll(now, &mut Effects::default(), &mut |_, _, _| {}).unwrap();
+    group.crash(follower);
+    group.start(follower);
+    assert_eq!(group.member(follower).status().committed, status.last_index + 1);
+}
