@@ -80,7 +80,7 @@ impl World {
                 let pairs: Vec<_> = self.net.connections.keys().copied().collect();
                 if !pairs.is_empty() {
                     let pair = *self.random.pick(&pairs);
-                    self.close(pair, (100, 5_000));
+                    self.close(pair, |_| (100, 5_000));
                 }
                 Ok(())
             }
@@ -244,7 +244,7 @@ impl World {
                 self.flip(node)?;
             }
             let often = self.options.bug == Some(Bug::Inside(Sabotage::ForgetStorage));
-            if often || self.shape.kinds & 1 << 19 != 0 && self.random.chance(1, 8) {
+            if often || self.shape.kinds & 1 << 19 != 0 && self.random.chance(1, 3) {
                 self.another_folder(node)?;
             }
         }
@@ -287,9 +287,10 @@ impl World {
         self.trace.say(|| format!("{} us: cut {cuts:?}", self.now));
         self.net.cuts.extend(cuts.iter().copied());
         self.look_at_cuts();
-        // Some notice that the other end is gone, some do not.
+        // Some notice that the other end is gone, some late, some not.
         if self.random.chance(1, 3) {
-            let notice = (SECOND / 10, 4 * SECOND);
+            let quick: Vec<bool> = self.nodes.iter().map(|_| self.random.coin()).collect();
+            let notice = |at: usize| if quick[at] { (1_000, SECOND / 10) } else { (SECOND / 10, 4 * SECOND) };
             cuts.iter().for_each(|&pair| self.close(pair, notice));
         }
         let longest = *self.random.pick(&[SECOND / 2, 3 * SECOND, 8 * SECOND]);
@@ -387,6 +388,8 @@ impl World {
     fn another_folder(&mut self, node: usize) -> Result<(), String> {
         let Some((boots, seen)) = self.known_elsewhere(node).filter(|_| self.may_lose(node)) else { return Ok(()) };
         let other = match self.random.below(3) {
+            // Who was started alone begins another cluster in an empty folder; the others have nothing to do with that one.
+            0 if self.shape.members == 1 && node == 0 => return Ok(()),
             0 => SimDisk::new(self.random.fork()),
             1 => match &self.nodes[node].copy {
                 Some(copy) if copy.boots < boots || copy.last_index < seen => copy.disk.copy(),

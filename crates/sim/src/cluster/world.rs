@@ -427,6 +427,10 @@ impl World {
         if self.nodes[node].runs() || self.nodes[node].fate == Fate::Damaged {
             return Ok(());
         }
+        // An old release is replaced by the new one, member by member.
+        if self.nodes[node].behaviour < BEHAVIOUR && self.random.chance(1, 3) {
+            self.nodes[node].behaviour = BEHAVIOUR;
+        }
         let config = self.config(node);
         let n = &mut self.nodes[node];
         let opened = Member::open(n.disk.clone(), config, n.clock.at(self.now));
@@ -566,7 +570,7 @@ impl World {
         }
         let notice = if how == End::Killed { (100, 3_000) } else { (500_000, 4 * SECOND) };
         let pairs: Vec<_> = self.net.connections.keys().copied().filter(|p| p.0 == node || p.1 == node).collect();
-        pairs.into_iter().for_each(|pair| self.close(pair, notice));
+        pairs.into_iter().for_each(|pair| self.close(pair, |_| notice));
         self.after_the_end(node, last_index)
     }
 
@@ -834,7 +838,7 @@ impl World {
             Err(refusal) => {
                 let delay = self.random.between(100, 2_000);
                 let boot = self.nodes[to].boot;
-                self.close((from, to), (100, 2_000));
+                self.close((from, to), |_| (100, 2_000));
                 self.later(delay, Event::TurnedAway { at: to, boot, by, refusal });
             }
         }
@@ -854,12 +858,13 @@ impl World {
     }
 
     /// A connection is over; each end that lives notices within so many microseconds.
-    pub(super) fn close(&mut self, pair: (usize, usize), notice_us: (u64, u64)) {
+    pub(super) fn close(&mut self, pair: (usize, usize), notice_us: impl Fn(usize) -> (u64, u64)) {
         let Some(gone) = self.net.connections.remove(&pair) else { return };
         let ends = [(pair.0, gone.boots.0, pair.1, gone.boots.1), (pair.1, gone.boots.1, pair.0, gone.boots.0)];
         for (at, boot, far, far_boot) in ends {
             if self.nodes[at].runs() && self.nodes[at].boot == boot {
-                let delay = self.random.between(notice_us.0, notice_us.1);
+                let (least, most) = notice_us(at);
+                let delay = self.random.between(least, most);
                 self.later(delay, Event::HungUp { at, boot, far, far_boot, serial: gone.serial });
             }
         }
@@ -979,7 +984,9 @@ impl World {
             return Ok(());
         }
         person.state.renew_at_ms = self.now / 1_000 + ttl_ms / 3;
-        person.state.renews = self.random.chance(19, 20);
+        // The last renewal is what an oracle of renewals needs to see.
+        let deposed = self.options.bug == Some(Bug::Inside(Sabotage::RenewWhenDeposed));
+        person.state.renews = self.random.chance(if deposed { 8 } else { 19 }, 20);
         let node = person.node;
         self.judge.touching(session, self.now);
         let number = self.new_number();

@@ -48,11 +48,14 @@ pub fn check(touches: &[Touch]) -> Result<(), Explanation> {
     Search { known: &known, unknown: &unknown, visited: BTreeSet::new(), best: 0 }.run()
 }
 
+/// One call may stay open while so many others touch its key.
+const WINDOW: usize = 128;
+
 /// How far an order has come: every known touch before `base`, those of `mask` after it, the unknown ones of `taken`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
     base: usize,
-    mask: u64,
+    mask: u128,
     taken: u64,
     value: Value,
 }
@@ -84,7 +87,7 @@ impl Search<'_> {
     }
 
     fn next(&self, place: Place, stack: &mut Vec<Place>) {
-        let open = |i: usize| i - place.base >= 64 || place.mask & (1 << (i - place.base)) == 0;
+        let open = |i: usize| i - place.base >= WINDOW || place.mask & (1 << (i - place.base)) == 0;
         // Nothing that began after another open touch had ended can come before it.
         let mut horizon = u64::MAX;
         for i in place.base..self.known.len() {
@@ -96,7 +99,7 @@ impl Search<'_> {
             }
         }
         let first = stack.len();
-        for i in place.base..self.known.len().min(place.base + 64) {
+        for i in place.base..self.known.len().min(place.base + WINDOW) {
             let touch = self.known[i];
             if touch.began > horizon {
                 break;

@@ -1,6 +1,8 @@
 //! Can the oracles fail? Each deliberate bug must be caught by some seed, and no honest run may be.
 #![allow(clippy::unwrap_used)]
 
+mod cluster;
+
 use tenure_sim::disk::Lie;
 use tenure_sim::world::{Bug, Options, run};
 

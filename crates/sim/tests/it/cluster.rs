@@ -1,0 +1,119 @@
+//! Can the oracles of whole clusters fail? Each deliberate bug must be caught by some seed, and by the oracle that is meant to.
+
+use std::ops::Range;
+use std::panic::catch_unwind;
+use tenure_replica::Sabotage;
+use tenure_sim::cluster::{Bug, Options, run};
+use tenure_sim::disk::Lie;
+
+/// The first complaint among some seeds about a cluster that has this bug must say one of these words.
+fn caught(bug: Bug, seeds: Range<u64>, words: &[&str]) {
+    let options = Options { bug: Some(bug), ..Options::default() };
+    let complaint = seeds.into_iter().find_map(|seed| {
+        // A member that panics on what the bug did to it has noticed as well.
+        let result = catch_unwind(|| run(seed, options));
+        result.map(Result::err).unwrap_or_else(|panic| panic.downcast_ref::<String>().cloned())
+    });
+    let why = complaint.unwrap_or_else(|| panic!("{bug:?} is not noticed"));
+    assert!(words.iter().any(|w| why.contains(w)), "{bug:?}: {why}");
+}
+
+fn inside(sabotage: Sabotage, seeds: Range<u64>, words: &[&str]) {
+    caught(Bug::Inside(sabotage), seeds, words);
+}
+
+#[test]
+fn an_acknowledgement_before_the_sync() {
+    inside(
+        Sabotage::AckBeforeSync,
+        0..60,
+        &["older than what the member has acknowledged", "gave", "changed", "is led by", "instead of"],
+    );
+}
+
+#[test]
+fn a_word_before_term_and_vote_are_synced() {
+    inside(
+        Sabotage::SendBeforeSync,
+        0..60,
+        &["older than what the member has acknowledged", "gave", "is led by", "instead of"],
+    );
+}
+
+#[test]
+fn a_vote_that_is_forgotten() {
+    inside(Sabotage::ForgetVote, 0..60, &["is led by", "term should be set"]);
+}
+
+#[test]
+fn a_read_without_a_read_index() {
+    inside(Sabotage::SkipReadIndex, 220..400, &["a read at"]);
+}
+
+#[test]
+fn a_read_at_any_door() {
+    caught(Bug::SkipReadIndex, 0..60, &["a read at"]);
+}
+
+#[test]
+fn a_renewal_answered_at_once() {
+    caught(Bug::RenewAtOnce, 0..60, &["was owed until", "was accepted"]);
+}
+
+#[test]
+fn a_folder_that_comes_back_refilled() {
+    inside(Sabotage::ForgetStorage, 0..60, &["out of range", "gave", "instead of"]);
+}
+
+#[test]
+fn a_local_flag_in_apply() {
+    inside(Sabotage::LocalFlagInApply, 0..20, &["gave"]);
+}
+
+#[test]
+fn an_entry_that_is_applied_twice() {
+    inside(Sabotage::ApplyTwice, 0..20, &["and again at"]);
+}
+
+#[test]
+fn a_grant_to_a_dead_session() {
+    caught(Bug::GrantToDead, 0..60, &["which had ended at"]);
+}
+
+#[test]
+fn a_forward_that_is_repeated() {
+    caught(Bug::RepeatForward, 0..20, &["and again at"]);
+}
+
+#[test]
+fn a_second_holder() {
+    caught(Bug::SecondHolder, 0..20, &["went to call"]);
+}
+
+#[test]
+fn another_answer_to_a_retry() {
+    caught(Bug::WrongReplay, 0..60, &["was acknowledged at", "was answered"]);
+}
+
+#[test]
+fn a_clock_that_runs_fast() {
+    caught(Bug::FastClock, 0..60, &["was owed until"]);
+}
+
+#[test]
+fn logs_that_are_cut() {
+    caught(Bug::CutLogs, 0..60, &["older than what", "gave", "instead of"]);
+}
+
+#[test]
+fn disks_that_do_not_sync() {
+    caught(Bug::Disk(Lie::Sync), 0..60, &["is refused", "gave"]);
+}
+
+#[test]
+fn honest_runs_pass_and_are_the_same_twice() {
+    for seed in 0..10 {
+        let first = run(seed, Options::default()).unwrap();
+        assert_eq!(first.hash, run(seed, Options::default()).unwrap().hash, "seed {seed}");
+    }
+}
