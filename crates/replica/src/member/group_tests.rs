@@ -666,7 +666,7 @@ fn what_was_committed_when_an_entry_came_is_on_disk_with_it() {
     let mut message = Message { from: leader, to: follower, term: status.term, ..Message::default() };
     message.set_msg_type(MessageType::MsgAppend);
     (message.index, message.log_term) = (status.last_index, status.term);
-    message.entries = vec![entry(status.last_index + 1), entry(status.last_index + 2)].into();
+    message.entries = vec![entry(status.last_index + 1), entry(status.last_index + 2)];
     message.commit = status.last_index + 1;
     let bytes = message.write_to_bytes().unwrap();
     let now = Millis(group.now);

@@ -120,11 +120,8 @@ impl Node {
         const BACKLOG_MAX: usize = 500;
         match &mut self.member {
             None => {}
-            Some(_) if self.paused => {
-                if self.backlog.len() < BACKLOG_MAX {
-                    self.backlog.push((from, bytes));
-                }
-            }
+            Some(_) if self.paused && self.backlog.len() < BACKLOG_MAX => self.backlog.push((from, bytes)),
+            Some(_) if self.paused => {}
             Some(member) => member.receive(from, &bytes),
         }
     }
