@@ -68,7 +68,6 @@ pub enum Sabotage {
     SkipReadIndex,
     SendBeforeSync,
     AckBeforeSync,
-    RenewWhenDeposed,
     ForgetStorage,
     LocalFlagInApply,
     ApplyTwice,

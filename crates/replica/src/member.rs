@@ -1115,10 +1115,6 @@ impl<D: Disk> Member<D> {
                     self.confirmed.push((self.raft.raft.raft_log.committed, round));
                     return;
                 }
-                if self.config.sabotage == Some(Sabotage::RenewWhenDeposed) {
-                    let renewals = std::mem::take(&mut self.asked.renewals);
-                    self.confirmed.push((0, Round { renewals, ..Round::default() }));
-                }
                 let round = Round { asked_at: u64::MAX / 2, ..std::mem::take(&mut self.asked) };
                 self.rounds.insert(number, round);
                 self.raft.read_index(number.to_le_bytes().to_vec());

@@ -984,9 +984,7 @@ impl World {
             return Ok(());
         }
         person.state.renew_at_ms = self.now / 1_000 + ttl_ms / 3;
-        // The last renewal is what an oracle of renewals needs to see.
-        let deposed = self.options.bug == Some(Bug::Inside(Sabotage::RenewWhenDeposed));
-        person.state.renews = self.random.chance(if deposed { 8 } else { 19 }, 20);
+        person.state.renews = self.random.chance(19, 20);
         let node = person.node;
         self.judge.touching(session, self.now);
         let number = self.new_number();
