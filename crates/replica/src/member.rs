@@ -117,6 +117,7 @@ pub struct Member<D: Disk> {
     /// The leader and the term that questions were put to.
     followed: (u64, u64),
     sent: BTreeMap<u64, Sent>,
+    sent_bytes: usize,
     remembered: BTreeMap<u64, Remembered>,
     touching: BTreeMap<u64, Touching>,
     touched: BTreeMap<(MemberId, u64), Vec<(u64, Touched)>>,
@@ -323,6 +324,7 @@ impl<D: Disk> Member<D> {
             leaderless_since: Some(0),
             followed: (0, 0),
             sent: BTreeMap::new(),
+            sent_bytes: 0,
             remembered: BTreeMap::new(),
             touching: BTreeMap::new(),
             touched: BTreeMap::new(),
@@ -391,7 +393,8 @@ impl<D: Disk> Member<D> {
             return Err(Refusal::TooLarge { bytes, max: self.config.max_request_bytes });
         }
         let waits = self.queue.len() + self.sent.len();
-        if waits >= self.config.max_queued || self.queue_bytes + bytes > self.config.max_queued_bytes {
+        let waiting_bytes = self.queue_bytes + self.sent_bytes;
+        if waits >= self.config.max_queued || waiting_bytes + bytes > self.config.max_queued_bytes {
             return Err(Refusal::Overloaded);
         }
         self.machine.admit(txn).map_err(Refusal::Memory)?;
@@ -1684,7 +1687,7 @@ fn consensus(config: &Config, store: Store, applied: u64) -> Result<RawNode<Stor
         check_quorum: true,
         pre_vote: true,
         // Above what may wait in the queue, so that a lone member never drops what it took.
-        max_uncommitted_size: 2 * config.max_queued_bytes as u64,
+        max_uncommitted_size: (2 * config.max_queued_bytes as u64).max(2 * MESSAGE_BYTES),
         max_committed_size_per_ready: 16 << 20,
         ..raft::Config::default()
     };

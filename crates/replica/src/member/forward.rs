@@ -131,6 +131,7 @@ impl<D: Disk> Member<D> {
         let batch = Batch { behaviour: self.machine.behaviour(), stamp: LogTime(0), origin, txns };
         self.post(to, Lane::Messages, &PeerMessage::Forward { to_boot, batch: &batch.encode() });
         for queued in queued {
+            self.sent_bytes += queued.size;
             self.sent.insert(queued.number, Sent { queued, to, term });
         }
     }
@@ -248,7 +249,7 @@ impl<D: Disk> Member<D> {
         if self.sent.get(&number).is_none_or(|sent| sent.to != from) {
             return;
         }
-        let Some(Sent { mut queued, .. }) = self.sent.remove(&number) else { return };
+        let Some(Sent { mut queued, .. }) = self.take_sent(number) else { return };
         let refusal = match why {
             NotTaken::Elsewhere | NotTaken::Stopping => {
                 queued.tried.push(from);
@@ -330,8 +331,14 @@ impl<D: Disk> Member<D> {
             return;
         }
         for number in origin.first..origin.first + count {
-            self.sent.remove(&number);
+            self.take_sent(number);
         }
+    }
+
+    fn take_sent(&mut self, number: u64) -> Option<Sent> {
+        let sent = self.sent.remove(&number)?;
+        self.sent_bytes -= sent.queued.size;
+        Some(sent)
     }
 
     pub(super) fn refuse_number(&mut self, number: u64, refusal: Refusal) {
@@ -383,7 +390,7 @@ impl<D: Disk> Member<D> {
             .map(|(number, _)| *number)
             .collect();
         for number in lost {
-            self.sent.remove(&number);
+            self.take_sent(number);
             self.lose_number(number);
         }
         let leads = self.lead.is_some();
@@ -481,6 +488,7 @@ impl<D: Disk> Member<D> {
         let queued: BTreeSet<u64> = self.queue.iter().filter(|q| q.wants == Wants::Caller).map(|q| q.number).collect();
         self.proposed.retain(|p| p.index > index);
         self.sent.clear();
+        self.sent_bytes = 0;
         for number in self.waiting.iter().copied().filter(|n| !queued.contains(n)).collect::<Vec<_>>() {
             let ticket = self.ticket(number);
             if waits.contains(&ticket) {

@@ -340,6 +340,25 @@ fn without_a_majority_answers_come_within_an_election_timeout() {
     group.agree();
 }
 
+#[test]
+fn what_was_forwarded_counts_against_the_limits_until_it_is_applied() {
+    let mut group = Group::with(3, |c| c.max_queued_bytes = 1_000_000);
+    let leader = group.leader();
+    group.until("three are registered", |g| g.is_registered(3));
+    let follower = group.others(leader)[0];
+    group.cut.insert(leader);
+    let now = Millis(group.now);
+    let mut taken = 0;
+    for _ in 0..20 {
+        taken += u32::from(group.member(follower).submit(put("k", &[7; 100_000])).is_ok());
+        group.member(follower).poll(now, &mut Effects::default(), &mut |_, _, _| {}).unwrap();
+    }
+    assert_eq!(taken, 9);
+    group.cut.clear();
+    group.until("they are answered", |g| g.member(follower).status().waiting == 0);
+    assert_eq!((group.member(follower).sent_bytes, group.member(follower).queue_bytes), (0, 0));
+}
+
 /// The leader that it hears has lost its own majority, and goes on to be heard until it notices.
 #[test]
 fn a_follower_of_a_leader_without_a_majority_is_answered_in_time() {
