@@ -21,8 +21,8 @@ const CLUSTER_FIXED: u64 = 700;
 const CLUSTER_FRESH: u64 = 300;
 /// Each is one run of a cluster that grows from one to three and whose first member dies at the n-th call to its disk.
 const GROW_STEPS: u64 = 200;
-/// No run may take longer; a hang is a finding.
-const SLOW_SECONDS: u64 = 20;
+/// No run may take longer: a hang is a finding, and a busy machine is none.
+const SLOW_SECONDS: u64 = 120;
 
 #[derive(Default)]
 struct Tally {
