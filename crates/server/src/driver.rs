@@ -874,7 +874,8 @@ impl Loop {
                 tracing::debug!(member = hello.name, ?lane, "a member says hello");
                 let judged = self.member.greet(&hello, wall).map(|()| self.member.hello(wall));
                 if let Err(refusal) = &judged {
-                    tracing::warn!(member = hello.name, "a member was refused: {refusal}");
+                    // The alarm tells it once; it is tried again all the time.
+                    tracing::debug!(member = hello.name, "a member was refused: {refusal}");
                 }
                 let _ = reply.send(judged);
             }
@@ -885,7 +886,7 @@ impl Loop {
                 }
             }
             PeerEvent::Refused { by, refusal } => {
-                tracing::warn!(by = %by, "refused by a member: {refusal}");
+                tracing::debug!(%by, "refused by a member: {refusal}");
                 self.member.turned_away(by, &refusal);
             }
             PeerEvent::Frames { from, boot, lane, frames, credit } => {

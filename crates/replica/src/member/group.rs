@@ -25,6 +25,7 @@ const FACTS_MS: u64 = 1_000;
 /// A learner that lacks no more entries than this has caught up.
 const CLOSE_ENTRIES: u64 = 256;
 const BOOT_BITS: u32 = 16;
+const COMPLAINTS_MAX: usize = 32;
 /// Members that came and are not in the table here.
 const STRANGERS_MAX: usize = 16;
 /// A peer that should fetch a snapshot and has not asked for a piece for so long is offered one anew.
@@ -55,6 +56,15 @@ struct Registered {
 /// What came up with a peer that is worth an operator's word.
 #[derive(Default)]
 pub(super) struct Complaints(BTreeMap<MemberId, String>);
+
+impl Complaints {
+    /// Anybody may come and be refused; what is remembered of that has a limit.
+    fn add(&mut self, peer: MemberId, what: String) {
+        if self.0.len() < COMPLAINTS_MAX || self.0.contains_key(&peer) {
+            self.0.insert(peer, what);
+        }
+    }
+}
 
 impl<D: Disk> Member<D> {
     // Connections.
@@ -88,7 +98,7 @@ impl<D: Disk> Member<D> {
     /// Judges the hello of a connection, whoever made it. From then on that life of the peer is connected.
     pub fn greet(&mut self, hello: &Hello, wall_ms: u64) -> Result<(), PeerRefusal> {
         if let Err(refusal) = self.judge(hello) {
-            self.complaints.0.insert(hello.member, format!("refused here: {}", refusal.why));
+            self.complaints.add(hello.member, format!("refused here: {}", refusal.why));
             return Err(refusal);
         }
         self.complaints.0.remove(&hello.member);
@@ -299,7 +309,7 @@ impl<D: Disk> Member<D> {
 
     /// A peer refused this member's hello.
     pub fn turned_away(&mut self, by: MemberId, refusal: &PeerRefusal) {
-        self.complaints.0.insert(by, format!("refuses this member: {}", refusal.why));
+        self.complaints.add(by, format!("refuses this member: {}", refusal.why));
         if refusal.fatal {
             self.expelled = Some(refusal.why.clone());
         }

@@ -270,7 +270,10 @@ async fn get(context: Context, request: v1::LockGetRequest) -> Result<v1::LockGe
     };
     let (lock, revision) = query(&context, request.stale, look).await?;
     let free = || v1::Lock { name: request.name.clone(), ..Default::default() };
-    Ok(v1::LockGetReply { header: full_header(&context, revision, request.stale), lock: Some(lock.unwrap_or_else(free)) })
+    Ok(v1::LockGetReply {
+        header: full_header(&context, revision, request.stale),
+        lock: Some(lock.unwrap_or_else(free)),
+    })
 }
 
 async fn list(context: Context, request: v1::LockListRequest) -> Result<v1::LockListReply, Refused> {

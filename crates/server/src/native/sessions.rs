@@ -201,7 +201,9 @@ async fn get(context: Context, request: v1::SessionGetRequest) -> Result<v1::Ses
     };
     let (found, revision) = query(&context, request.stale, look).await?;
     match found {
-        Some(session) => Ok(v1::SessionGetReply { header: full_header(&context, revision, request.stale), session: Some(session) }),
+        Some(session) => {
+            Ok(v1::SessionGetReply { header: full_header(&context, revision, request.stale), session: Some(session) })
+        }
         None => Err(Box::new(words::not_found("there is no such session", &[("session", request.id.to_string())]))),
     }
 }
