@@ -742,6 +742,10 @@ fn wrong_settings_are_wrong_use() {
         (&["--listen", "0.0.0.0:0"], "--insecure"),
         (&["--listen", "[::]:0"], "--insecure"),
         (&["--cluster", "a=127.0.0.1:1,b=127.0.0.1:2,c=127.0.0.1:3"], "--cluster"),
+        (&["--cluster", "n0=127.0.0.1:1,n0=127.0.0.1:2"], "another member"),
+        (&["--cluster", "n0=127.0.0.1"], "name=host:port"),
+        (&["--join", "hello"], "--join"),
+        (&["--cluster", "n0=127.0.0.1:1,n1=127.0.0.1:2", "--peer-listen", "0.0.0.0:0"], "--peer-cert"),
         (&["--config", "/nowhere/at/all.toml"], "/nowhere/at/all.toml"),
     ] {
         let (code, text) = refused(&data, flags);

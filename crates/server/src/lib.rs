@@ -338,6 +338,13 @@ fn check(config: &Config) -> Result<(), StartError> {
     if config.max_txn_ops == 0 {
         return wrong("--max-txn-ops must be at least 1");
     }
+    match &config.join {
+        Some(token) => drop(join_token::JoinToken::decode(token).map_err(StartError::Join)?),
+        None => drop(static_members(config)?),
+    }
+    if config.cluster.len() > 1 || config.join.is_some() {
+        peer_listen_address(config)?;
+    }
     Ok(())
 }
 
@@ -378,11 +385,16 @@ fn static_members(config: &Config) -> Result<Vec<(MemberId, String, String)>, St
     Ok(members)
 }
 
-async fn listen_for_peers(config: &Config) -> Result<TcpListener, StartError> {
+fn peer_listen_address(config: &Config) -> Result<SocketAddr, StartError> {
     let address = resolve(&config.peer_listen)?;
     if !address.ip().is_loopback() && config.peer_tls.is_none() && !config.insecure {
         return Err(StartError::PeerNotLoopback { address });
     }
+    Ok(address)
+}
+
+async fn listen_for_peers(config: &Config) -> Result<TcpListener, StartError> {
+    let address = peer_listen_address(config)?;
     TcpListener::bind(address).await.map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => StartError::AddressInUse { address },
         _ => StartError::Listen { address, error },
