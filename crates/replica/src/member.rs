@@ -1032,7 +1032,9 @@ impl<D: Disk> Member<D> {
         let (index, term) = (self.raft.raft.raft_log.last_index(), self.raft.raft.term);
         let is_own = origin.member == self.config.member;
         let (first, given_up) = (origin.first, false);
-        self.proposed.push_back(Proposed { index, term, first, count, arrived, is_own, given_up, batch });
+        // In the order of their places in the log: those of an earlier time as the leader may lie further on, and are not decided yet.
+        let place = self.proposed.partition_point(|p| p.index <= index);
+        self.proposed.insert(place, Proposed { index, term, first, count, arrived, is_own, given_up, batch });
         Ok(true)
     }
 
@@ -1257,17 +1259,16 @@ impl<D: Disk> Member<D> {
 
     /// The batch that this member proposed and this entry is, if it is one.
     fn take_proposed(&mut self, at: Position) -> Option<Batch> {
-        while let Some(lost) =
-            self.proposed.pop_front_if(|p| p.index < at.index.0 || (p.index == at.index.0 && p.term != at.term.0))
-        {
-            // Another leader's entry stands in its place for ever: it was not and will not be applied.
-            for number in lost.first..lost.first + lost.count {
-                if lost.is_own {
-                    self.refuse_number(number, Refusal::NoQuorum);
-                }
+        let mut found = None;
+        while let Some(p) = self.proposed.pop_front_if(|p| p.index <= at.index.0) {
+            if (p.index, p.term) == (at.index.0, at.term.0) {
+                found = Some(p.batch);
+            } else if p.is_own {
+                // Another leader's entry stands in its place for ever: it was not and will not be applied.
+                (p.first..p.first + p.count).for_each(|number| self.refuse_number(number, Refusal::NoQuorum));
             }
         }
-        self.proposed.pop_front_if(|p| (p.index, p.term) == (at.index.0, at.term.0)).map(|p| p.batch)
+        found
     }
 
     fn session_event(&mut self, event: &SessionEvent, out: &mut Effects) {
