@@ -1299,8 +1299,9 @@ impl World {
                 call.number, reply.revision, call.revision_before
             ));
         }
-        // An old request under a session that is gone: its outcome cannot be told any more.
-        if let Err(Rejection::SessionExpired { .. }) = reply.result
+        // An old request under a session that is gone, or one that its client has counted as answered meanwhile: its outcome cannot be
+        // told any more.
+        if let Err(Rejection::SessionExpired { .. } | Rejection::Invalid { .. }) = reply.result
             && call.unknown
         {
             self.touch_unknown(call);
