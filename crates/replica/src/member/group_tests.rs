@@ -359,6 +359,34 @@ fn what_was_forwarded_counts_against_the_limits_until_it_is_applied() {
     assert_eq!((group.member(follower).sent_bytes, group.member(follower).queue_bytes), (0, 0));
 }
 
+/// What it proposed as the leader of before lies further on in its log than what it proposes now.
+#[test]
+fn a_leader_that_comes_back_does_not_mistake_its_new_proposals_for_old_ones() {
+    let mut group = Group::new(3);
+    let first = group.leader();
+    group.until("three are registered", |g| g.is_registered(3));
+    group.done(first, Txn::of(Op::SessionCreate(session(1, 60_000))));
+    group.done(first, Txn::of(Op::SessionCreate(session(2, 60_000))));
+    group.done(first, acquire(1, Wait::None));
+    group.cut.insert(first);
+    for i in 0..30 {
+        group.member(first).submit(put(&format!("lost{i}"), b"v")).unwrap();
+        let now = Millis(group.now);
+        group.member(first).poll(now, &mut Effects::default(), &mut |_, _, _| {}).unwrap();
+    }
+    group.pass(1_500);
+    let second = group.leader();
+    group.cut.clear();
+    group.agree();
+    group.member(second).hand_over(Some(MemberId(first))).unwrap();
+    group.until("it leads again", |g| g.member(first).is_leader());
+    let waits = group.member(first).submit(acquire(2, Wait::Forever)).unwrap();
+    for i in 0..40 {
+        group.done(first, put(&format!("k{i}"), b"v"));
+    }
+    assert_eq!(group.answers.get(&waits), None, "it waits in the state");
+}
+
 /// The leader that it hears has lost its own majority, and goes on to be heard until it notices.
 #[test]
 fn a_follower_of_a_leader_without_a_majority_is_answered_in_time() {
