@@ -427,6 +427,8 @@ impl World {
         self.end_if_running(node, End::Killed)?;
         let n = &mut self.nodes[node];
         if let Some(own) = n.own_disk.take() {
+            // What took its room meanwhile is gone with the other folder.
+            own.set_room(None);
             self.trace.say(|| format!("{} us: n{node} has its own folder again", self.now));
             n.disk = own;
             n.fate = Fate::Sound;
