@@ -165,10 +165,8 @@ pub struct Status {
 /// Another member, or this one, as this member sees it.
 #[derive(Clone, Debug)]
 pub struct PeerStatus {
+    /// What it should be; what it is, `Status::voters` and `Status::learners` tell.
     pub record: MemberRecord,
-    /// What it is; `record.role` is what it should be.
-    pub is_voter: bool,
-    pub is_learner: bool,
     pub is_connected: bool,
     pub heard_ms: Option<u64>,
     /// How far its log is known to be equal to the leader's; only the leader knows.

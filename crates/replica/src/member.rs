@@ -21,7 +21,7 @@ use crate::fault::{Fault, OpenError};
 use crate::identity::{self, Identity};
 use crate::job::{Job, JobDone};
 use crate::log::{self, Log, Recovered, Sizes};
-use crate::peer::{Lane, PeerMessage, Touched};
+use crate::peer::{Lane, NotTaken, PeerMessage, Touched};
 use crate::room::Room;
 use crate::sessions::{Deadlines, Due, Renewing, Told};
 use crate::snapshot::{self, LoadError};
@@ -236,11 +236,16 @@ impl Round {
         self.reads.is_empty() && self.renewals.is_empty() && self.remote.is_empty()
     }
 
-    /// Before something is added.
-    fn begin(&mut self, now: u64) {
-        if self.is_empty() {
-            self.since = now;
-        }
+    /// Before something is added that came then.
+    fn begin(&mut self, since: u64) {
+        self.since = if self.is_empty() { since } else { self.since.min(since) };
+    }
+
+    fn absorb(&mut self, mut other: Self) {
+        self.begin(other.since);
+        self.reads.append(&mut other.reads);
+        self.renewals.append(&mut other.renewals);
+        self.remote.append(&mut other.remote);
     }
 }
 
@@ -412,7 +417,7 @@ impl<D: Disk> Member<D> {
             return Err(Refusal::Stopping);
         }
         if self.alone() {
-            return if self.lead.is_some() { Ok(()) } else { Err(self.no_leader()) };
+            return if self.lead.is_some() { Ok(()) } else { Err(Refusal::NoQuorum) };
         }
         let (now, timeout) = (self.clock.elapsed(), self.config.election_ms());
         // A moment without a leader is waited out; a longer one is told at once.
@@ -423,10 +428,6 @@ impl<D: Disk> Member<D> {
             Some(_) if self.majority_heard_at().is_some_and(|at| now >= at + timeout) => Err(Refusal::NoQuorum),
             _ => Ok(()),
         }
-    }
-
-    fn no_leader(&self) -> Refusal {
-        Refusal::NoQuorum
     }
 
     /// A linearizable read: `ReadReady` comes when `machine` may be asked.
@@ -892,9 +893,8 @@ impl<D: Disk> Member<D> {
         self.queue = stays.into();
         for q in goes {
             self.queue_bytes -= q.size;
-            if let Wants::Member(member, to_boot) = q.wants {
-                let why = crate::peer::NotTaken::Elsewhere;
-                self.post(member, Lane::Messages, &PeerMessage::NotTaken { to_boot, number: q.number, why });
+            if let Wants::Member(member, boot) = q.wants {
+                self.tell_not_taken(member, boot, q.number, NotTaken::Elsewhere);
             }
         }
         for ticket in self.deadlines.clear() {
@@ -1043,8 +1043,7 @@ impl<D: Disk> Member<D> {
             if origin.member == self.config.member {
                 self.refuse_number(number, Refusal::Overloaded);
             } else {
-                let (to_boot, why) = (origin.boot, crate::peer::NotTaken::Overloaded);
-                self.post(origin.member, Lane::Messages, &PeerMessage::NotTaken { to_boot, number, why });
+                self.tell_not_taken(origin.member, origin.boot, number, NotTaken::Overloaded);
             }
         }
     }
@@ -1113,8 +1112,7 @@ impl<D: Disk> Member<D> {
         match &self.lead {
             None => self.ask_leader(),
             Some(lead) if lead.serving => {
-                let number = self.next_read;
-                self.next_read += 1;
+                let number = self.next_read_number();
                 if self.config.sabotage == Some(Sabotage::SkipReadIndex) {
                     let round = std::mem::take(&mut self.asked);
                     self.confirmed.push((self.raft.raft.raft_log.committed, round));
@@ -1489,9 +1487,14 @@ impl<D: Disk> Member<D> {
     }
 
     fn read_ticket(&mut self) -> Ticket {
+        let number = self.next_read_number();
+        self.ticket(number)
+    }
+
+    fn next_read_number(&mut self) -> u64 {
         let number = self.next_read;
         self.next_read += 1;
-        self.ticket(number)
+        number
     }
 }
 

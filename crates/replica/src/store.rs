@@ -34,6 +34,11 @@ pub(crate) struct Store {
     wants_snapshot: Cell<bool>,
 }
 
+/// All that a configuration names, in their roles of before and after a change.
+pub(crate) fn everybody(conf: &ConfState) -> impl Iterator<Item = u64> {
+    conf.voters.iter().chain(&conf.learners).chain(&conf.voters_outgoing).copied()
+}
+
 /// A snapshot file that others may have.
 #[derive(Clone, Debug)]
 pub(crate) struct Offer {
@@ -233,7 +238,7 @@ impl Storage for Store {
     fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
         let fits = |offer: &&Offer| {
             let conf = &offer.meta.conf.1;
-            let knows = conf.voters.iter().chain(&conf.learners).chain(&conf.voters_outgoing).any(|id| *id == to);
+            let knows = everybody(conf).any(|id| id == to);
             knows && offer.meta.index >= request_index && offer.meta.index >= self.before.0
         };
         let Some(offer) = self.newest.as_ref().filter(fits) else {

@@ -142,8 +142,7 @@ impl<D: Disk> Member<D> {
         let asked = std::mem::take(&mut self.asked);
         // A follower's own, never another's: it does not lead.
         if !asked.reads.is_empty() {
-            let number = self.next_read;
-            self.next_read += 1;
+            let number = self.next_read_number();
             let now = self.clock.elapsed();
             self.post(to, Lane::Messages, &PeerMessage::Read { to_boot, number });
             self.rounds
@@ -162,23 +161,16 @@ impl<D: Disk> Member<D> {
     /// What was asked of a leader that is none any more, or of this member while it led, is asked again.
     pub(super) fn ask_again(&mut self) {
         let mut again = std::mem::take(&mut self.asked);
-        let mut since = again.since;
         let rounds = std::mem::take(&mut self.rounds).into_values();
         let confirmed = std::mem::take(&mut self.confirmed).into_iter().map(|(_, round)| round);
-        for mut round in rounds.chain(confirmed) {
-            since = if again.is_empty() { round.since } else { since.min(round.since) };
-            again.reads.append(&mut round.reads);
-            again.renewals.append(&mut round.renewals);
-            again.remote.append(&mut round.remote);
-        }
+        rounds.chain(confirmed).for_each(|round| again.absorb(round));
         for (number, touching) in std::mem::take(&mut self.touching) {
-            since = if again.is_empty() { touching.at } else { since.min(touching.at) };
+            again.begin(touching.at);
             again.renewals.push((touching.session, touching.token, self.ticket(number)));
         }
-        again.since = since;
         if self.lead.is_none() {
-            for (member, to_boot, number) in std::mem::take(&mut again.remote) {
-                self.post(member, Lane::Messages, &PeerMessage::ReadAt { to_boot, number, index: None });
+            for (member, boot, number) in std::mem::take(&mut again.remote) {
+                self.tell_no_index(member, boot, number);
             }
             let (own, others): (Vec<_>, Vec<_>) =
                 again.renewals.into_iter().partition(|(_, _, ticket)| self.is_own(*ticket));
@@ -241,8 +233,17 @@ impl<D: Disk> Member<D> {
             refused.push((number, why));
         }
         for (number, why) in refused {
-            self.post(from, Lane::Messages, &PeerMessage::NotTaken { to_boot: boot, number, why });
+            self.tell_not_taken(from, boot, number, why);
         }
+    }
+
+    /// A caller of another member hears that nothing of its request was or will be done here.
+    pub(super) fn tell_not_taken(&mut self, member: MemberId, to_boot: u64, number: u64, why: NotTaken) {
+        self.post(member, Lane::Messages, &PeerMessage::NotTaken { to_boot, number, why });
+    }
+
+    fn tell_no_index(&mut self, member: MemberId, to_boot: u64, number: u64) {
+        self.post(member, Lane::Messages, &PeerMessage::ReadAt { to_boot, number, index: None });
     }
 
     pub(super) fn not_taken(&mut self, from: MemberId, number: u64, why: NotTaken) {
@@ -266,22 +267,20 @@ impl<D: Disk> Member<D> {
 
     pub(super) fn asked_for_index(&mut self, from: MemberId, boot: u64, number: u64) {
         if self.lead.is_none() || self.may_ask().is_err() || self.asked.remote.len() >= self.config.max_queued {
-            return self.post(from, Lane::Messages, &PeerMessage::ReadAt { to_boot: boot, number, index: None });
+            return self.tell_no_index(from, boot, number);
         }
         self.asked.begin(self.clock.elapsed());
         self.asked.remote.push((from, boot, number));
     }
 
     pub(super) fn index_told(&mut self, number: u64, index: Option<u64>) {
-        let Some(mut round) = self.rounds.remove(&number) else { return };
+        let Some(round) = self.rounds.remove(&number) else { return };
         match index {
             Some(index) => self.confirmed.push((index, round)),
             // The next poll asks whoever leads then.
             None => {
                 self.turned_down_at = Some(self.clock.elapsed());
-                self.asked.begin(round.since);
-                self.asked.since = self.asked.since.min(round.since);
-                self.asked.reads.append(&mut round.reads);
+                self.asked.absorb(round);
                 self.pause_asking = true;
             }
         }
@@ -315,7 +314,6 @@ impl<D: Disk> Member<D> {
                 Touched::Refused => {
                     self.turned_down_at = Some(self.clock.elapsed());
                     self.asked.begin(touching.at);
-                    self.asked.since = self.asked.since.min(touching.at);
                     self.asked.renewals.push((session, touching.token, ticket));
                     self.pause_asking = true;
                 }
@@ -416,10 +414,7 @@ impl<D: Disk> Member<D> {
             self.queue_bytes -= q.size;
             match q.wants {
                 Wants::Caller => self.refuse_number(q.number, Refusal::NoQuorum),
-                Wants::Member(member, to_boot) => {
-                    let why = NotTaken::Elsewhere;
-                    self.post(member, Lane::Messages, &PeerMessage::NotTaken { to_boot, number: q.number, why });
-                }
+                Wants::Member(member, boot) => self.tell_not_taken(member, boot, q.number, NotTaken::Elsewhere),
                 Wants::Lead | Wants::Own => {}
             }
         }
@@ -443,8 +438,8 @@ impl<D: Disk> Member<D> {
             for (_, _, ticket) in round.renewals {
                 self.refuse_renewal(ticket);
             }
-            for (member, to_boot, number) in round.remote {
-                self.post(member, Lane::Messages, &PeerMessage::ReadAt { to_boot, number, index: None });
+            for (member, boot, number) in round.remote {
+                self.tell_no_index(member, boot, number);
             }
         }
         let numbers: Vec<u64> = self.touching.iter().filter(|(_, t)| late(t.at)).map(|(n, _)| *n).collect();

@@ -10,6 +10,7 @@
 use super::*;
 use crate::effects::PeerStatus;
 use crate::peer::{Hello, PeerFacts, PeerMessage, PeerRefusal};
+use crate::store::everybody;
 use sha2::Digest as _;
 use tenure_machine::{MemberRecord, MemberRole};
 
@@ -177,14 +178,9 @@ impl<D: Disk> Member<D> {
     fn judge_record(&self, hello: &Hello, record: &MemberRecord) -> Result<(), PeerRefusal> {
         let name = &record.name;
         let fatal = |why: String| Err(PeerRefusal { fatal: true, why });
-        let conf = &self.raft.store().conf_state;
-        let still_in =
-            [&conf.voters, &conf.learners, &conf.voters_outgoing].iter().any(|ids| ids.contains(&record.id.0));
         // Until the configuration is without it, its vote may be needed for that.
-        if !record.is_live() && !still_in {
-            return fatal(format!(
-                "member `{name}` was removed from the cluster; to come back it needs an empty folder and `tenure member add`"
-            ));
+        if !record.is_live() && !self.is_configured(record.id) {
+            return fatal(removed(name));
         }
         if *hello.name != **name {
             return Err(PeerRefusal {
@@ -193,7 +189,7 @@ impl<D: Disk> Member<D> {
             });
         }
         let registered = self.known_folder(record.id);
-        if registered.storage.is_none() && record.join != [0; 32] && record.join != digest(&hello.join) {
+        if registered.storage.is_none() && record.join != [0; 32] && record.join != join_digest(&hello.join) {
             return fatal(format!(
                 "the join token of member `{name}` is not the one that was given out: use the newest"
             ));
@@ -325,12 +321,9 @@ impl<D: Disk> Member<D> {
             peers.insert(*id, (name.clone(), address.clone()));
         }
         peers.extend(self.strangers.clone());
-        let conf = &self.raft.store().conf_state;
-        let still_in =
-            |id: u64| [&conf.voters, &conf.learners, &conf.voters_outgoing].iter().any(|ids| ids.contains(&id));
         for record in self.machine.members() {
             // One that is to go is talked to until the configuration is without it: it has to hear of that.
-            if !record.is_live() && !still_in(record.id.0) {
+            if !record.is_live() && !self.is_configured(record.id) {
                 peers.remove(&record.id);
             } else if !record.peer.is_empty() {
                 peers.insert(record.id, (record.name.to_string(), record.peer.to_string()));
@@ -343,6 +336,11 @@ impl<D: Disk> Member<D> {
     /// Another number when `peers` may give something else.
     pub fn peers_version(&self) -> u64 {
         self.machine.members_version() + self.strangers_version + self.conf_version
+    }
+
+    /// Whether the configuration that votes are counted by names it, in whatever role.
+    fn is_configured(&self, id: MemberId) -> bool {
+        everybody(&self.raft.store().conf_state).any(|named| named == id.0)
     }
 
     fn own_address(&self) -> &str {
@@ -370,11 +368,10 @@ impl<D: Disk> Member<D> {
             && record.clients.iter().map(|c| &**c).eq(self.config.clients.iter().map(String::as_str))
             && record.behaviour == self.config.behaviour
             && *record.release == *self.config.release;
+        self.register_at = now + REGISTER_MS;
         if same {
-            self.register_at = now + REGISTER_MS;
             return;
         }
-        self.register_at = now + REGISTER_MS;
         let op = Op::MemberRegister {
             id: self.config.member,
             storage: self.identity.storage,
@@ -402,26 +399,22 @@ impl<D: Disk> Member<D> {
     /// Brings the configuration in line with the table of members, one change at a time.
     pub(super) fn reconcile(&mut self) -> Result<(), Fault> {
         let now = self.clock.elapsed();
-        let Some(lead) = self.lead.as_ref().filter(|l| l.serving) else { return Ok(()) };
-        if now < self.reconcile_at || self.stopping || self.machine.cluster() == 0 {
+        let leads = self.lead.as_ref().is_some_and(|l| l.serving);
+        if !leads || now < self.reconcile_at || self.stopping || self.machine.cluster() == 0 {
             return Ok(());
         }
         self.reconcile_at = now + RECONCILE_MS;
-        let term = lead.term;
         self.list_voters();
         self.raise_behaviour();
         let applied = self.machine.position().index.0;
         if self.raft.raft.pending_conf_index > applied || self.raft.raft.lead_transferee.is_some() {
             return Ok(());
         }
-        if let Some(change) = self.next_change()? {
-            match self.raft.propose_conf_change(Vec::new(), change) {
-                Ok(()) | Err(raft::Error::ProposalDropped) => {}
-                Err(error) => return Err(consensus_fault(error)),
-            }
-            debug_assert_eq!(term, self.raft.raft.term);
+        let Some(change) = self.next_change() else { return Ok(()) };
+        match self.raft.propose_conf_change(Vec::new(), change) {
+            Ok(()) | Err(raft::Error::ProposalDropped) => Ok(()),
+            Err(error) => Err(consensus_fault(error)),
         }
-        Ok(())
     }
 
     /// Members of a static start come into the table by the first leader's word.
@@ -452,24 +445,19 @@ impl<D: Disk> Member<D> {
 
     /// Every member has said what it can: the oldest decides.
     fn raise_behaviour(&mut self) {
-        let conf = &self.raft.store().conf_state;
-        let able = conf
-            .voters
-            .iter()
-            .chain(&conf.learners)
-            .chain(&conf.voters_outgoing)
-            .map(|id| self.machine.member(MemberId(*id)).filter(|r| r.has_come()).map_or(0, |r| r.behaviour));
+        let able = everybody(&self.raft.store().conf_state)
+            .map(|id| self.machine.member(MemberId(id)).filter(|r| r.has_come()).map_or(0, |r| r.behaviour));
         let to = able.min().unwrap_or_default().min(self.config.behaviour);
         if to > self.machine.behaviour() && now_or_later(&mut self.raise_at, self.clock.elapsed(), REGISTER_MS) {
             self.enqueue_lead(Op::RaiseBehaviour { to });
         }
     }
 
-    fn next_change(&mut self) -> Result<Option<ConfChangeV2>, Fault> {
+    fn next_change(&mut self) -> Option<ConfChangeV2> {
         let conf = self.raft.store().conf_state.clone();
         if !conf.voters_outgoing.is_empty() {
             // A leader that was lost in the middle leaves the end to its successor.
-            return Ok(Some(ConfChangeV2::default()));
+            return Some(ConfChangeV2::default());
         }
         let change = |kind: ConfChangeType, id: MemberId| {
             let mut single = ConfChangeSingle::default();
@@ -478,14 +466,14 @@ impl<D: Disk> Member<D> {
             single
         };
         let mut changes = Vec::new();
-        let mut gone = None;
+        let mut goes = false;
         for record in self.machine.members() {
             let (id, is_voter, is_learner) =
                 (record.id, conf.voters.contains(&record.id.0), conf.learners.contains(&record.id.0));
             match self.machine.member_wanted(id, |id| conf.voters.contains(&id.0)) {
                 MemberRole::Removed if is_voter || is_learner => {
                     if id == self.config.member {
-                        gone = Some(id);
+                        goes = true;
                         continue;
                     }
                     changes.push(change(ConfChangeType::RemoveNode, id));
@@ -516,14 +504,11 @@ impl<D: Disk> Member<D> {
         if let Some(old) = replaced {
             self.enqueue_lead(Op::MemberRemove { id: old });
         }
-        if changes.is_empty() && gone.is_some() {
+        if changes.is_empty() && goes {
             // Another leads before this one goes.
             let _ = self.hand_over(None);
         }
-        if changes.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(ConfChangeV2 { changes, ..ConfChangeV2::default() }))
+        (!changes.is_empty()).then(|| ConfChangeV2 { changes, ..ConfChangeV2::default() })
     }
 
     fn has_caught_up(&self, id: MemberId) -> bool {
@@ -570,7 +555,7 @@ impl<D: Disk> Member<D> {
     /// Hands leadership to a member, or to the one that is furthest.
     pub fn hand_over(&mut self, to: Option<MemberId>) -> Result<MemberId, Refusal> {
         if self.lead.is_none() {
-            return Err(self.no_leader());
+            return Err(Refusal::NoQuorum);
         }
         let voters = &self.raft.store().conf_state.voters;
         let live = |id: &u64| self.machine.member(MemberId(*id)).is_none_or(MemberRecord::is_live);
@@ -595,14 +580,11 @@ impl<D: Disk> Member<D> {
         if self.lead.is_none() || !self.disk_full() || self.alone() {
             return;
         }
-        let with_room = self.links.values().any(|l| l.facts.as_ref().is_some_and(|f| !f.disk_full));
-        if with_room && now_or_later(&mut self.trouble_at, self.clock.elapsed(), TROUBLE_MS) {
-            let roomy = self.links.iter().find(|(id, l)| {
-                l.facts.as_ref().is_some_and(|f| !f.disk_full) && self.raft.store().conf_state.voters.contains(&id.0)
-            });
-            if let Some(id) = roomy.map(|(id, _)| *id) {
-                let _ = self.hand_over(Some(id));
-            }
+        let voters = &self.raft.store().conf_state.voters;
+        let has_room = |link: &Link| link.facts.as_ref().is_some_and(|f| !f.disk_full);
+        let roomy = self.links.iter().find(|(id, link)| has_room(link) && voters.contains(&id.0)).map(|(id, _)| *id);
+        if roomy.is_some() && now_or_later(&mut self.trouble_at, self.clock.elapsed(), TROUBLE_MS) {
+            let _ = self.hand_over(roomy);
         }
     }
 
@@ -621,16 +603,14 @@ impl<D: Disk> Member<D> {
     /// When the slowest of the fastest majority was heard of last; of both, while a joint configuration holds.
     pub(super) fn majority_heard_at(&self) -> Option<u64> {
         let conf = &self.raft.store().conf_state;
+        let heard = |id: &u64| match MemberId(*id) {
+            own if own == self.config.member => self.clock.elapsed(),
+            other => self.links.get(&other).map_or(0, |l| l.heard_at),
+        };
+        // Asked for each request: a handful of voters is compared in place.
         let of = |voters: &[u64]| {
-            let mut heard: Vec<u64> = voters
-                .iter()
-                .map(|id| match MemberId(*id) {
-                    own if own == self.config.member => self.clock.elapsed(),
-                    other => self.links.get(&other).map_or(0, |l| l.heard_at),
-                })
-                .collect();
-            heard.sort_unstable_by(|a, b| b.cmp(a));
-            heard.get(voters.len() / 2).copied()
+            let by_majority = |at: &u64| voters.iter().filter(|id| heard(id) >= *at).count() > voters.len() / 2;
+            voters.iter().map(heard).filter(by_majority).max()
         };
         let incoming = of(&conf.voters);
         if conf.voters_outgoing.is_empty() { incoming } else { incoming.min(of(&conf.voters_outgoing)) }
@@ -659,15 +639,11 @@ impl<D: Disk> Member<D> {
     pub(super) fn notice_removal(&mut self) {
         let conf = &self.raft.store().conf_state;
         let own = self.config.member;
-        let still_in = [&conf.voters, &conf.learners, &conf.voters_outgoing].iter().any(|ids| ids.contains(&own.0));
-        if !still_in
+        if !self.is_configured(own)
             && let Some(record) = self.machine.member(own)
             && self.machine.member_wanted(own, |id| conf.voters.contains(&id.0)) == MemberRole::Removed
         {
-            self.expelled = Some(format!(
-                "member `{}` was removed from the cluster; to come back it needs an empty folder and `tenure member add`",
-                record.name
-            ));
+            self.expelled = Some(removed(&record.name));
         }
     }
 
@@ -735,8 +711,6 @@ impl<D: Disk> Member<D> {
                 let link = self.links.get(&r.id);
                 PeerStatus {
                     record: r.clone(),
-                    is_voter: conf.voters.contains(&r.id.0),
-                    is_learner: conf.learners.contains(&r.id.0),
                     is_connected: link.is_some() || r.id == self.config.member,
                     heard_ms: link.map(|l| now.saturating_sub(l.heard_at)),
                     matched: self.lead.as_ref().and_then(|_| self.raft.raft.prs().get(r.id.0)).map(|p| p.matched),
@@ -757,11 +731,13 @@ fn now_or_later(at: &mut u64, now: u64, every: u64) -> bool {
     due
 }
 
-fn digest(secret: &[u8; 16]) -> [u8; 32] {
+/// What is kept of a join secret.
+pub fn join_digest(secret: &[u8; 16]) -> [u8; 32] {
     sha2::Sha256::digest(secret).into()
 }
 
-/// What is kept of a join secret.
-pub fn join_digest(secret: &[u8; 16]) -> [u8; 32] {
-    digest(secret)
+fn removed(name: &str) -> String {
+    format!(
+        "member `{name}` was removed from the cluster; to come back it needs an empty folder and `tenure member add`"
+    )
 }

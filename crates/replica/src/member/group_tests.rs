@@ -252,6 +252,13 @@ impl Group {
     }
 }
 
+/// So that a log is let go, and snapshots are needed, soon.
+fn small_files(config: &mut Config) {
+    config.first_segment_bytes = 64 << 10;
+    config.segment_bytes = 64 << 10;
+    config.snapshot_log_bytes = 64 << 10;
+}
+
 fn join(id: u64, secret: u8, peers: &[u64]) -> Config {
     let peers = peers.iter().map(|i| (MemberId(*i), format!("n{i}"), format!("host{i}:1"))).collect();
     Config {
@@ -490,11 +497,7 @@ fn one_grows_to_three_and_a_dead_one_is_replaced() {
 
 #[test]
 fn a_lagging_member_gets_a_snapshot_while_writes_go_on() {
-    let mut group = Group::with(3, |c| {
-        c.first_segment_bytes = 64 << 10;
-        c.segment_bytes = 64 << 10;
-        c.snapshot_log_bytes = 64 << 10;
-    });
+    let mut group = Group::with(3, small_files);
     let leader = group.leader();
     group.until("three are registered", |g| g.is_registered(3));
     let late = group.others(leader)[0];
@@ -520,11 +523,7 @@ fn a_lagging_member_gets_a_snapshot_while_writes_go_on() {
 #[test]
 fn a_crash_at_every_step_of_taking_a_snapshot_leaves_a_member_that_starts() {
     for crash_at in 0..60 {
-        let mut group = Group::with(3, |c| {
-            c.first_segment_bytes = 64 << 10;
-            c.segment_bytes = 64 << 10;
-            c.snapshot_log_bytes = 64 << 10;
-        });
+        let mut group = Group::with(3, small_files);
         let leader = group.leader();
         group.until("three are registered", |g| g.is_registered(3));
         let late = group.others(leader)[0];
