@@ -22,7 +22,7 @@ use tenure_machine::{
     Counts, Key, Machine, MemberId, Memory, OpReply, Range, RangeReply, Record, Rejection, Reply, Revision, SessionId,
     SessionToken, Span, Ticket, Txn, TxnReply,
 };
-use tenure_replica::{Alarm, Answer, Effects, Job, JobDone, Member, Millis, Refusal, Renewal, Status, run_job};
+use tenure_replica::{Alarm, Answer, Effects, Job, JobDone, Lane, Member, Millis, Refusal, Renewal, Status, run_job};
 use tokio::sync::oneshot;
 
 use crate::disk_fs::FsDisk;
@@ -559,6 +559,15 @@ pub(crate) struct PeerDoor {
     pub(crate) wanted: tokio::sync::watch::Sender<Vec<(MemberId, String, String)>>,
 }
 
+impl PeerDoor {
+    /// What cannot be sent is lost, as messages may be.
+    fn send(&self, to: MemberId, lane: Lane, message: Vec<u8>) {
+        if let Some(peers) = self.peers.get() {
+            peers.send(to, lane, message);
+        }
+    }
+}
+
 pub(crate) struct DriverConfig {
     /// Watch answers of at least this size are cut where the watcher allows it.
     pub(crate) fragment_bytes: usize,
@@ -716,11 +725,7 @@ fn poll(
     time: Millis,
     effects: &mut Effects,
 ) -> Result<(), tenure_replica::Fault> {
-    member.poll(time, effects, &mut |to, lane, bytes| {
-        if let Some(peers) = door.peers.get() {
-            peers.send(to, lane, bytes);
-        }
-    })
+    member.poll(time, effects, &mut |to, lane, bytes| door.send(to, lane, bytes))
 }
 
 impl Loop {
@@ -1282,12 +1287,8 @@ impl Loop {
     /// Ends well: what was proposed and not answered is unknown to its callers.
     fn stop(mut self) -> Ending {
         let mut effects = std::mem::take(&mut self.effects);
-        let peers = self.door.peers.get().cloned();
-        let stopped = self.member.stop(now(), &mut effects, &mut |to, lane, bytes| {
-            if let Some(peers) = &peers {
-                peers.send(to, lane, bytes);
-            }
-        });
+        let door = &self.door;
+        let stopped = self.member.stop(now(), &mut effects, &mut |to, lane, bytes| door.send(to, lane, bytes));
         self.publish(&mut effects);
         for (ticket, answer) in effects.answers {
             self.answer(ticket, answer);

@@ -354,7 +354,8 @@ fn resolve(listen: &str) -> Result<SocketAddr, StartError> {
     found.next().ok_or_else(|| wrong("the name has no address".to_owned()))
 }
 
-fn plain(address: &str) -> &str {
+/// An address without a scheme before it.
+pub(crate) fn plain(address: &str) -> &str {
     address.strip_prefix("http://").or_else(|| address.strip_prefix("https://")).unwrap_or(address)
 }
 

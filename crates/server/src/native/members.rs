@@ -211,7 +211,7 @@ fn name(text: &str) -> Result<Box<str>, Refused> {
 
 /// `host:port`, with or without a scheme before it.
 pub(crate) fn host_port(text: &str) -> Option<&str> {
-    let plain = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://")).unwrap_or(text);
+    let plain = crate::plain(text);
     let plain = plain.strip_suffix('/').unwrap_or(plain);
     let (host, port) = plain.rsplit_once(':')?;
     let is_host =
