@@ -7,30 +7,11 @@ mod common;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
-use common::{Server, TENURE, refused, wait_for};
+use common::{Said, Server, ok, refused, tenure, wait_for};
 use serde_json::Value;
-
-struct Said {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-fn tenure(address: &str, args: &[&str]) -> Said {
-    let mut command = Command::new(TENURE);
-    let output = command.args(args).env("TENURE_ENDPOINTS", address).stdin(Stdio::null()).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    Said { code: output.status.code().unwrap_or(-1), out: text(output.stdout), err: text(output.stderr) }
-}
-
-fn ok(address: &str, args: &[&str]) -> String {
-    let said = tenure(address, args);
-    assert_eq!(said.code, 0, "{args:?}: {}{}", said.out, said.err);
-    said.out
-}
 
 fn save(server: &Server, file: &Path) -> Value {
     let out = ok(&server.address, &["snapshot", "save", file.to_str().unwrap(), "-o", "json"]);

@@ -4,87 +4,55 @@
 
 mod common;
 
-use std::io::Write as _;
 use std::process::{Command, Stdio};
 
-use common::{Server, TENURE};
+use common::{Server, TENURE, json, tenure, tenure_fed};
 use serde_json::Value;
-
-struct Said {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-fn tenure(server: &Server, args: &[&str]) -> Said {
-    tenure_fed(server, args, "")
-}
-
-fn tenure_fed(server: &Server, args: &[&str], input: &str) -> Said {
-    let mut process = Command::new(TENURE)
-        .args(args)
-        .env("TENURE_ENDPOINTS", &server.address)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    process.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    let output = process.wait_with_output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    Said { code: output.status.code().unwrap_or(-1), out: text(output.stdout), err: text(output.stderr) }
-}
-
-fn json(server: &Server, args: &[&str]) -> Value {
-    let said = tenure(server, args);
-    assert_eq!(said.code, 0, "{args:?}: {}", said.err);
-    serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{args:?} printed no JSON ({e}): {}", said.out))
-}
 
 #[test]
 fn keys_are_written_read_and_deleted() {
     let server = Server::start(&[]);
-    assert_eq!(tenure(&server, &["kv", "put", "a/1", "one"]).out, "ok, revision 2\n");
-    assert_eq!(tenure_fed(&server, &["kv", "put", "a/2", "-"], "two\nlines").out, "ok, revision 3\n");
-    assert_eq!(tenure(&server, &["kv", "get", "a/1"]).out, "one\n");
-    assert_eq!(tenure(&server, &["kv", "get", "a/", "--prefix"]).out, "a/1\none\na/2\ntwo\nlines\n");
-    assert_eq!(tenure(&server, &["kv", "get", "a/", "--prefix", "--keys-only"]).out, "a/1\na/2\n");
-    assert_eq!(tenure(&server, &["kv", "get", "a/", "--prefix", "--count-only"]).out, "2\n");
-    assert_eq!(tenure(&server, &["kv", "get", "a/1", "a/2"]).out, "a/1\none\n", "up to the end, not with it");
-    assert_eq!(tenure(&server, &["kv", "del", "a/1", "--prev"]).out, "1 deleted, revision 4\na/1\none\n");
-    assert_eq!(tenure(&server, &["kv", "get", "a/1", "--revision", "3"]).out, "one\n", "the past is kept");
-    let record = &json(&server, &["kv", "get", "a/2", "-o", "json"])["records"][0];
+    assert_eq!(tenure(&server.address, &["kv", "put", "a/1", "one"]).out, "ok, revision 2\n");
+    assert_eq!(tenure_fed(&server.address, &["kv", "put", "a/2", "-"], "two\nlines").out, "ok, revision 3\n");
+    assert_eq!(tenure(&server.address, &["kv", "get", "a/1"]).out, "one\n");
+    assert_eq!(tenure(&server.address, &["kv", "get", "a/", "--prefix"]).out, "a/1\none\na/2\ntwo\nlines\n");
+    assert_eq!(tenure(&server.address, &["kv", "get", "a/", "--prefix", "--keys-only"]).out, "a/1\na/2\n");
+    assert_eq!(tenure(&server.address, &["kv", "get", "a/", "--prefix", "--count-only"]).out, "2\n");
+    assert_eq!(tenure(&server.address, &["kv", "get", "a/1", "a/2"]).out, "a/1\none\n", "up to the end, not with it");
+    assert_eq!(tenure(&server.address, &["kv", "del", "a/1", "--prev"]).out, "1 deleted, revision 4\na/1\none\n");
+    assert_eq!(tenure(&server.address, &["kv", "get", "a/1", "--revision", "3"]).out, "one\n", "the past is kept");
+    let record = &json(&server.address, &["kv", "get", "a/2"])["records"][0];
     assert_eq!((record["key"].as_str(), record["mod_revision"].as_str()), (Some("a/2"), Some("3")));
 }
 
 #[test]
 fn refusals_have_their_exit_codes() {
     let server = Server::start(&[]);
-    let missing = tenure(&server, &["kv", "get", "nothing"]);
+    let missing = tenure(&server.address, &["kv", "get", "nothing"]);
     assert_eq!((missing.code, missing.err.as_str()), (19, "error: there is no key `nothing`\n"));
-    assert_eq!(tenure(&server, &["kv", "put", "k", "1", "--if-absent"]).code, 0);
-    let conflict = tenure(&server, &["kv", "put", "k", "2", "--if-absent"]);
+    assert_eq!(tenure(&server.address, &["kv", "put", "k", "1", "--if-absent"]).code, 0);
+    let conflict = tenure(&server.address, &["kv", "put", "k", "2", "--if-absent"]);
     assert_eq!(conflict.code, 10, "{}", conflict.err);
-    assert_eq!(tenure(&server, &["kv", "put", "k", "2", "--if-version", "1"]).code, 0);
-    assert_eq!(tenure(&server, &["kv", "put", "k", "3", "--if-value", "1"]).code, 10);
-    let fenced = tenure(&server, &["kv", "put", "k", "3", "--require-lock", "no-such:7"]);
+    assert_eq!(tenure(&server.address, &["kv", "put", "k", "2", "--if-version", "1"]).code, 0);
+    assert_eq!(tenure(&server.address, &["kv", "put", "k", "3", "--if-value", "1"]).code, 10);
+    let fenced = tenure(&server.address, &["kv", "put", "k", "3", "--require-lock", "no-such:7"]);
     assert_eq!(fenced.code, 12, "{}", fenced.err);
     assert!(fenced.err.contains("token 7 of lock `no-such`"), "{}", fenced.err);
-    assert_eq!(tenure(&server, &["kv", "get", "k"]).out, "2\n", "what was refused changed nothing");
-    assert_eq!(tenure(&server, &["kv", "put", "k"]).code, 64, "wrong use");
-    assert_eq!(tenure(&server, &["kv", "get", "k", "--revision", "99"]).code, 64);
-    assert_eq!(tenure(&server, &["--endpoints", "127.0.0.1:1", "kv", "get", "k"]).code, 69, "nobody there");
+    assert_eq!(tenure(&server.address, &["kv", "get", "k"]).out, "2\n", "what was refused changed nothing");
+    assert_eq!(tenure(&server.address, &["kv", "put", "k"]).code, 64, "wrong use");
+    assert_eq!(tenure(&server.address, &["kv", "get", "k", "--revision", "99"]).code, 64);
+    assert_eq!(tenure(&server.address, &["--endpoints", "127.0.0.1:1", "kv", "get", "k"]).code, 69, "nobody there");
 }
 
 #[test]
 fn a_transaction_is_read_as_etcdctl_writes_it() {
     let server = Server::start(&[]);
     let text = "version(\"seat\") = \"0\"\n\nput seat taken\nget seat\n\nget seat\n";
-    let first = tenure_fed(&server, &["kv", "txn"], text);
+    let first = tenure_fed(&server.address, &["kv", "txn"], text);
     assert_eq!(first.out, "compares held, revision 2\nok\nseat\ntaken\n", "{}", first.err);
-    let second = tenure_fed(&server, &["kv", "txn"], text);
+    let second = tenure_fed(&server.address, &["kv", "txn"], text);
     assert_eq!(second.out, "a compare did not hold, revision 2\nseat\ntaken\n", "{}", second.err);
-    let wrong = tenure_fed(&server, &["kv", "txn"], "size(seat) = 1\n");
+    let wrong = tenure_fed(&server.address, &["kv", "txn"], "size(seat) = 1\n");
     assert_eq!(wrong.code, 64);
     assert!(wrong.err.starts_with("error: line 1: "), "{}", wrong.err);
 }
@@ -92,17 +60,17 @@ fn a_transaction_is_read_as_etcdctl_writes_it() {
 #[test]
 fn a_watch_tells_the_past_and_goes_on_over_a_restart() {
     let mut server = Server::start(&[]);
-    tenure(&server, &["kv", "put", "w/1", "a"]);
+    tenure(&server.address, &["kv", "put", "w/1", "a"]);
     let mut watch = Command::new(TENURE)
         .args(["watch", "w/", "--prefix", "--revision", "2", "--count", "3", "--prev"])
         .env("TENURE_ENDPOINTS", &server.address)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    tenure(&server, &["kv", "put", "w/1", "b"]);
+    tenure(&server.address, &["kv", "put", "w/1", "b"]);
     server.kill();
     server.start_again(&[]);
-    tenure(&server, &["kv", "del", "w/1"]);
+    tenure(&server.address, &["kv", "del", "w/1"]);
     let output = {
         common::wait_for("the watch to see three changes", std::time::Duration::from_secs(20), || {
             watch.try_wait().unwrap().is_some()
@@ -116,15 +84,15 @@ fn a_watch_tells_the_past_and_goes_on_over_a_restart() {
 #[test]
 fn status_and_sessions_for_programs() {
     let server = Server::start(&["--name", "alpha"]);
-    let status = &json(&server, &["status", "-o", "json"])[0];
+    let status = &json(&server.address, &["status"])[0];
     assert_eq!((status["name"].as_str(), status["role"].as_str()), (Some("alpha"), Some("leader")));
-    let session = json(&server, &["session", "create", "--ttl", "30s", "--name", "me", "-o", "json"]);
+    let session = json(&server.address, &["session", "create", "--ttl", "30s", "--name", "me"]);
     let id = session["id"].as_str().unwrap().to_owned();
-    let listed = json(&server, &["session", "list", "-o", "json"]);
+    let listed = json(&server.address, &["session", "list"]);
     assert_eq!(listed[0]["id"].as_str(), Some(id.as_str()));
-    assert_eq!(tenure(&server, &["kv", "put", "mine", "1", "--session", &id]).code, 0);
-    assert_eq!(tenure(&server, &["session", "end", &id]).code, 0);
-    assert_eq!(tenure(&server, &["kv", "get", "mine"]).code, 19, "what a session owns ends with it");
+    assert_eq!(tenure(&server.address, &["kv", "put", "mine", "1", "--session", &id]).code, 0);
+    assert_eq!(tenure(&server.address, &["session", "end", &id]).code, 0);
+    assert_eq!(tenure(&server.address, &["kv", "get", "mine"]).code, 19, "what a session owns ends with it");
 }
 
 #[test]
@@ -134,11 +102,11 @@ fn settings_come_from_flag_then_environment_then_file() {
     std::fs::write(&file, "name = \"from-file\"\nmax-txn-ops = 2\n").unwrap();
     let config = file.to_str().unwrap();
     let server = Server::start(&["--config", config]);
-    assert_eq!(json(&server, &["status", "-o", "json"])[0]["name"].as_str(), Some("from-file"));
+    assert_eq!(json(&server.address, &["status"])[0]["name"].as_str(), Some("from-file"));
     let three = "\nput a 1\nput b 2\nput c 3\n";
-    assert_eq!(tenure_fed(&server, &["kv", "txn"], three).code, 64, "the file's limit holds");
+    assert_eq!(tenure_fed(&server.address, &["kv", "txn"], three).code, 64, "the file's limit holds");
     let server = Server::start(&["--config", config, "--name", "from-flag"]);
-    assert_eq!(json(&server, &["status", "-o", "json"])[0]["name"].as_str(), Some("from-flag"));
+    assert_eq!(json(&server.address, &["status"])[0]["name"].as_str(), Some("from-flag"));
 }
 
 #[test]

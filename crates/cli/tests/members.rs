@@ -4,37 +4,12 @@
 
 mod common;
 
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Server, TENURE, free_address, wait_for};
+use common::{Server, free_address, json, ok, tenure, wait_for};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(30);
-
-struct Said {
-    code: i32,
-    out: String,
-    err: String,
-}
-
-fn tenure(endpoint: &str, args: &[&str]) -> Said {
-    let output =
-        Command::new(TENURE).args(args).env("TENURE_ENDPOINTS", endpoint).stdin(Stdio::null()).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    Said { code: output.status.code().unwrap_or(-1), out: text(output.stdout), err: text(output.stderr) }
-}
-
-fn ok(endpoint: &str, args: &[&str]) -> String {
-    let said = tenure(endpoint, args);
-    assert_eq!(said.code, 0, "{args:?}: {}{}", said.out, said.err);
-    said.out
-}
-
-fn json(endpoint: &str, args: &[&str]) -> Value {
-    let text = ok(endpoint, &[args, &["-o", "json"]].concat());
-    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?} printed no JSON ({e}): {text}"))
-}
 
 struct Member {
     name: String,

@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 pub(crate) const TENURE: &str = env!("CARGO_BIN_EXE_tenure");
 
@@ -150,6 +151,43 @@ fn spawn(address: &str, data: &Path, folder: &Path, flags: &[&str]) -> Child {
         .stderr(log)
         .spawn()
         .unwrap()
+}
+
+/// What a command printed, and its exit code.
+pub(crate) struct Said {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+pub(crate) fn tenure(endpoints: &str, args: &[&str]) -> Said {
+    tenure_fed(endpoints, args, "")
+}
+
+pub(crate) fn tenure_fed(endpoints: &str, args: &[&str], input: &str) -> Said {
+    let mut process = Command::new(TENURE)
+        .args(args)
+        .env("TENURE_ENDPOINTS", endpoints)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    process.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = process.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Said { code: output.status.code().unwrap_or(-1), out: text(output.stdout), err: text(output.stderr) }
+}
+
+pub(crate) fn ok(endpoints: &str, args: &[&str]) -> String {
+    let said = tenure(endpoints, args);
+    assert_eq!(said.code, 0, "{args:?}: {}{}", said.out, said.err);
+    said.out
+}
+
+pub(crate) fn json(endpoints: &str, args: &[&str]) -> Value {
+    let text = ok(endpoints, &[args, &["-o", "json"]].concat());
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?} printed no JSON ({e}): {text}"))
 }
 
 /// What `tenure serve` says when it does not start: exit code and standard error.
