@@ -6,14 +6,23 @@
 
 mod bench;
 mod common;
+mod config;
+mod counter;
+mod elect;
+mod idem;
 mod kv;
 mod lock;
 mod member;
+mod once;
+mod queue;
+mod reserve;
 mod restore;
 mod serve;
+mod service;
 mod session;
 mod snapshot;
 mod status;
+mod txn;
 mod watch;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
@@ -52,6 +61,24 @@ enum Command {
     Session(session::SessionArgs),
     /// Run a command under a lock
     Lock(lock::LockArgs),
+    /// Publish, read, follow and roll back configuration
+    Config(config::ConfigArgs),
+    /// Add to counters and take numbers from sequences
+    Counter(counter::CounterArgs),
+    /// Run a command while elected, or look at an election
+    Elect(elect::ElectArgs),
+    /// Begin, complete and look at idempotency records
+    Idem(idem::IdemArgs),
+    /// Do something once per marker
+    Once(once::OnceArgs),
+    /// Enqueue, receive and settle jobs
+    Queue(queue::QueueArgs),
+    /// Reserve a part of a pool
+    Reserve(reserve::ReserveArgs),
+    /// Register and find instances of services
+    Service(service::ServiceArgs),
+    /// Run one transaction over all primitives
+    Txn(txn::TxnArgs),
     /// Save and check backups
     Snapshot(snapshot::SnapshotArgs),
     /// Make the folder of a new member from a backup
@@ -102,6 +129,15 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Watch(args) => block_on(watch::run(&common, args)),
         Command::Session(args) => block_on(session::run(&common, args)),
         Command::Lock(args) => block_on(lock::run(&common, args)),
+        Command::Config(args) => block_on(config::run(&common, args)),
+        Command::Counter(args) => block_on(counter::run(&common, args)),
+        Command::Elect(args) => block_on(elect::run(&common, args)),
+        Command::Idem(args) => block_on(idem::run(&common, args)),
+        Command::Once(args) => block_on(once::run(&common, args)),
+        Command::Queue(args) => block_on(queue::run(&common, args)),
+        Command::Reserve(args) => block_on(reserve::run(&common, args)),
+        Command::Service(args) => block_on(service::run(&common, args)),
+        Command::Txn(args) => block_on(txn::run(&common, args)),
         Command::Snapshot(args) => block_on(snapshot::run(&common, args)),
         Command::Restore(args) => restore::run(args),
         Command::Bench(args) => block_on(bench::run(&common, args)),

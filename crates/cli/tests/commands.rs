@@ -7,7 +7,6 @@ mod common;
 use std::process::{Command, Stdio};
 
 use common::{Server, TENURE, json, tenure, tenure_fed};
-use serde_json::Value;
 
 #[test]
 fn keys_are_written_read_and_deleted() {

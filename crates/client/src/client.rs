@@ -9,6 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message;
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Reply;
 use tenure_wire::tenure::v1::request::Call;
@@ -181,6 +182,25 @@ impl Client {
             }
             sleep(tries.next_pause()).await;
         }
+    }
+
+    /// Carries a change out that the pipeline takes by the path of its method, with tries under the request id that is in `request`.
+    pub(crate) async fn unary<Q: Message, A: Message + Default>(
+        &self,
+        plan: Plan,
+        method: &'static str,
+        request: &Q,
+    ) -> Result<A, Error> {
+        let call = v1::UnaryCall { method: method.to_owned(), body: request.encode_to_vec().into() };
+        match self.call(plan, Call::Unary(call)).await? {
+            Reply::Unary(bytes) => A::decode(bytes).map_err(|error| Error::Protocol(error.to_string())),
+            _ => Err(mismatched(plan.what)),
+        }
+    }
+
+    /// A plan for a call that may rightly take `wait` more than the usual time.
+    pub(crate) fn patient_plan(&self, what: &'static str, wait: Duration) -> Plan {
+        Plan { until: Instant::now() + wait + self.timeout(), try_timeout: None, ..self.plan(what, true) }
     }
 
     /// A plan with the client's own timeout.

@@ -37,13 +37,22 @@
 
 mod client;
 mod clock;
+mod config;
+mod counter;
+mod election;
 mod error;
+mod idempotent;
 mod kv;
 pub mod lease;
 mod lock;
+mod once;
 mod pipeline;
+mod queue;
+mod registry;
 mod requests;
+mod reservation;
 mod session;
+mod txn;
 mod watch;
 
 pub use client::{Client, ClientOptions, RETRY_MAX};

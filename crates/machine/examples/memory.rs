@@ -7,28 +7,108 @@
 // The store may not look at a clock; this measures it with one.
 #![allow(clippy::disallowed_types, clippy::disallowed_methods)]
 
+#[path = "../src/apply.rs"]
+mod apply;
+#[path = "../src/check.rs"]
+mod check;
+#[path = "../src/codec.rs"]
+mod codec;
+#[path = "../src/coded.rs"]
+mod coded;
 #[path = "../src/command.rs"]
 mod command;
+#[path = "../src/conditions.rs"]
+mod conditions;
+#[path = "../src/configs.rs"]
+mod configs;
+#[path = "../src/counters.rs"]
+mod counters;
+#[path = "../src/elections.rs"]
+mod elections;
+#[path = "../src/history.rs"]
+mod history;
+#[path = "../src/idempotency.rs"]
+mod idempotency;
 #[path = "../src/keys.rs"]
 mod keys;
+#[path = "../src/lock_events.rs"]
+mod lock_events;
+#[path = "../src/lock_ops.rs"]
+mod lock_ops;
+#[path = "../src/locks.rs"]
+mod locks;
 #[path = "../src/log.rs"]
 mod log;
+#[path = "../src/markers.rs"]
+mod markers;
+#[path = "../src/members.rs"]
+mod members;
 #[path = "../src/memory.rs"]
 mod memory;
+#[path = "../src/native.rs"]
+mod native;
+#[path = "../src/objects.rs"]
+mod objects;
 #[path = "../src/ordered.rs"]
 mod ordered;
+#[path = "../src/query.rs"]
+mod query;
+#[path = "../src/queues.rs"]
+mod queues;
 #[path = "../src/record.rs"]
 mod record;
+#[path = "../src/registry.rs"]
+mod registry;
 #[path = "../src/reply.rs"]
 mod reply;
+#[path = "../src/requests.rs"]
+mod requests;
+#[path = "../src/reservations.rs"]
+mod reservations;
+#[path = "../src/restore.rs"]
+mod restore;
+#[path = "../src/schedules.rs"]
+mod schedules;
+#[path = "../src/sessions.rs"]
+mod sessions;
+#[path = "../src/snapmap.rs"]
+mod snapmap;
+#[path = "../src/snapshot.rs"]
+mod snapshot;
 #[path = "../src/types.rs"]
 mod types;
+#[path = "../src/waits.rs"]
+mod waits;
 
-use command::*;
+pub use apply::{BEHAVIOUR, Fault, Machine, Position};
+pub use codec::{DecodeError, MAX_DEPTH};
+pub use command::*;
+pub use conditions::Condition;
+pub use configs::{Config, ConfigOp, ConfigReply};
+pub use counters::{Counter, CounterOp, CounterReply};
+pub use elections::{Election, ElectionOp, ElectionReply};
+pub use idempotency::{Attempt, IdempotencyOp, IdempotencyReply};
+pub use keys::ChangeSlice;
+pub use lock_events::LockEvents;
+pub use lock_ops::{LockOp, LockReply};
+pub use locks::{LockInfo, WaiterInfo};
+pub use markers::{Marker, MarkerOp, MarkerReply};
+pub use members::MEMBERS_MAX;
+pub use native::{NativeOp, NativeReply, Refusal, RefusalCode};
+pub use objects::{Object, Stored};
+pub use query::{Counts, Memory, MemoryLimits, Overload};
+pub use queues::{Job, Queue, QueueOp, QueueReply};
+pub use record::{Meta, Record};
+pub use registry::{Instance, RegistryOp, RegistryReply};
+pub use reply::*;
+pub use reservations::{Hold, Pool, ReservationOp, ReservationReply};
+pub use schedules::{Schedule, ScheduleOp, ScheduleReply};
+pub use sessions::SessionInfo;
+pub use snapshot::Loader;
+pub use types::*;
+
 use keys::Keys;
-use reply::*;
 use std::time::{Duration, Instant};
-use types::*;
 
 fn main() {
     let mut numbers = std::env::args().skip(1).map(|a| a.parse().expect("arguments are numbers"));

@@ -13,20 +13,23 @@ use crate::codec::{DecodeError, fold, name};
 use crate::command::*;
 use crate::history::{Marks, Ring, Sums};
 use crate::keys::Keys;
-use crate::locks::{Lock, LockKey, Locks, OwnerKey, Waiter, WaiterNumber};
+use crate::locks::{Lock, LockKey, Locks};
 use crate::members::{self, Members};
+use crate::native::{PRIMITIVES, Refusal, RefusalCode};
+use crate::objects::{self, Lived, Object, ObjectKey, Objects};
 use crate::record::{Meta, Record};
 use crate::reply::*;
 use crate::requests::{Requests, Seen};
 use crate::sessions::{self, Session, SessionFacts, Sessions};
 use crate::snapshot::Running;
 use crate::types::*;
+use crate::waits::{Ask, OwnerKey, Waiter, WaiterNumber, Waits};
 use std::cmp::Ordering;
 use std::fmt;
 use std::sync::Arc;
 
 /// The newest behaviour version that this release knows.
-pub const BEHAVIOUR: u16 = 2;
+pub const BEHAVIOUR: u16 = 3;
 /// The first version that has `Op::Checksum`.
 pub(crate) const CHECKSUMS: u16 = 2;
 
@@ -126,6 +129,8 @@ pub struct Machine {
     pub(crate) keys: Keys,
     pub(crate) sessions: Sessions,
     pub(crate) locks: Locks,
+    pub(crate) waits: Waits,
+    pub(crate) objects: Objects,
     pub(crate) requests: Requests,
     pub(crate) ring: Ring,
     pub(crate) members: Members,
@@ -159,6 +164,8 @@ impl Machine {
             keys: Keys::new(),
             sessions: Sessions::new(),
             locks: Locks::new(),
+            waits: Waits::new(),
+            objects: Objects::new(),
             requests: Requests::new(),
             ring: Ring::new(),
             members: Members::new(),
@@ -195,6 +202,7 @@ impl Machine {
         self.position = at;
         self.stamp = batch.stamp;
         self.end_due_waits(out);
+        self.tell_due_objects(out);
         self.requests.drop_old(self.stamp, batch.txns.len());
         for (number, txn) in (batch.origin.first..).zip(&batch.txns) {
             let ticket = Ticket { member: batch.origin.member, boot: batch.origin.boot, number };
@@ -251,14 +259,41 @@ impl Machine {
     }
 
     fn end_due_waits(&mut self, out: &mut Applied) {
-        while let Some(number) = self.locks.due(self.stamp) {
-            let Some(waiter) = self.locks.set_waiter(number, None) else { return };
-            let rejection = Rejection::TimeoutWaiting {
-                name: waiter.lock.name().into(),
-                waited_ms: self.stamp.0 - waiter.since.0,
-                holder: self.locks.get(&waiter.lock).map(|lock| lock.holder.clone()),
-            };
-            self.answer_waiter(number, waiter, Err(rejection), out);
+        while let Some(number) = self.waits.due(self.stamp) {
+            let Some(waiter) = self.waits.set(number, None) else { return };
+            let result = self.wait_over(&waiter);
+            self.answer_waiter(number, waiter, result, out);
+        }
+    }
+
+    /// What is told to a waiter whose time is over.
+    fn wait_over(&self, waiter: &Waiter) -> Result<OpReply, Rejection> {
+        let waited_ms = self.stamp.0 - waiter.since.0;
+        if let Ask::Native(op) = &waiter.ask
+            && let Some(answer) = op.wait_over(self, waiter)
+        {
+            return answer;
+        }
+        let on = waiter.on.first();
+        let name = on.map_or(&b""[..], ObjectKey::name);
+        if let Some(lock) = on.and_then(LockKey::of_object) {
+            let holder = self.locks.get(&lock).map(|lock| lock.holder.clone());
+            return Err(Rejection::TimeoutWaiting { name: name.into(), waited_ms, holder });
+        }
+        let why = format!("waited {waited_ms} ms for `{}` in vain", name.escape_ascii());
+        let refusal = Refusal::new(RefusalCode::TimeoutWaiting, why).fact("name", name.escape_ascii());
+        Err(refusal.fact("waited_ms", waited_ms).into())
+    }
+
+    /// Each object whose time has come, in a commit of its own, so that it can be given a token of its own. A bounded number per entry: the rest
+    /// stays due, and `next_deadline` says so.
+    fn tell_due_objects(&mut self, out: &mut Applied) {
+        let system = Txn::default();
+        for _ in 0..DUE_PER_ENTRY {
+            let Some(key) = self.objects.first_due(self.stamp) else { return };
+            let mut commit = Commit::new(self, &system, Ticket::default(), out, true);
+            objects::due(&mut commit, &key);
+            commit.finish();
         }
     }
 
@@ -297,7 +332,7 @@ impl Machine {
             Seen::Answered(reply) => return Some(reply),
             Seen::Refused(rejection) => return Some(self.reply(Err(rejection))),
             Seen::Waiting(number) => {
-                if let Some(waiter) = self.locks.waiters.get_mut(&number) {
+                if let Some(waiter) = self.waits.table.get_mut(&number) {
                     waiter.ticket = ticket;
                 }
                 return None;
@@ -352,7 +387,7 @@ impl Machine {
             return Ran::Answered(Err(rejection));
         }
         let mut decisions = Vec::new();
-        let succeeded = self.decide(&txn.compares, &txn.then, &txn.otherwise, &mut decisions);
+        let succeeded = self.decide(txn.namespace, &txn.compares, &txn.then, &txn.otherwise, &mut decisions);
         let ops = if succeeded { &txn.then } else { &txn.otherwise };
         let mut commit = Commit::new(self, txn, ticket, out, succeeded);
         match commit.run(ops, &mut decisions.into_iter(), true) {
@@ -385,24 +420,28 @@ impl Machine {
     /// `decisions`. Nested ones thus see the state before the first operation, as in etcd.
     pub(crate) fn decide(
         &self,
+        namespace: NamespaceId,
         compares: &[Compare],
         then: &[Op],
         otherwise: &[Op],
         decisions: &mut Vec<bool>,
     ) -> bool {
-        let succeeded = compares.iter().all(|c| self.compare(c));
+        let succeeded = compares.iter().all(|c| self.compare(namespace, c));
         for op in if succeeded { then } else { otherwise } {
             if let Op::Txn(sub) = op {
                 let place = decisions.len();
                 decisions.push(false);
-                decisions[place] = self.decide(&sub.compares, &sub.then, &sub.otherwise, decisions);
+                decisions[place] = self.decide(namespace, &sub.compares, &sub.then, &sub.otherwise, decisions);
             }
         }
         succeeded
     }
 
     /// A span without keys compares like a key of zeros, except by value: there it fails whatever the relation.
-    fn compare(&self, compare: &Compare) -> bool {
+    fn compare(&self, namespace: NamespaceId, compare: &Compare) -> bool {
+        if let CompareTarget::Condition(condition) = &compare.target {
+            return self.holds(namespace, condition) == (compare.relation == Relation::Equal);
+        }
         let mut live = self.keys.live(&compare.span).peekable();
         if live.peek().is_none() {
             return relates(compare, &Meta::default(), None);
@@ -436,6 +475,8 @@ fn relates(compare: &Compare, meta: &Meta, value: Option<&[u8]>) -> bool {
             Some(value) => value.cmp(expected),
             None => return false,
         },
+        // Decided before, whatever keys there are.
+        CompareTarget::Condition(_) => return false,
     };
     match compare.relation {
         Relation::Equal => ordering == Ordering::Equal,
@@ -454,8 +495,23 @@ fn fenced(name: &[u8], presented: Revision, lock: Option<&Lock>) -> Rejection {
     }
 }
 
-fn invalid(why: impl Into<Box<str>>) -> Rejection {
+pub(crate) fn invalid(why: impl Into<Box<str>>) -> Rejection {
     Rejection::Invalid { why: why.into() }
+}
+
+/// Objects told per entry that their time has come.
+const DUE_PER_ENTRY: usize = 1_000;
+
+/// Where an operation waits, and for what.
+pub(crate) struct Place {
+    pub(crate) on: Vec<ObjectKey>,
+    /// Lower ones are served first.
+    pub(crate) rank: i64,
+    /// Zero: the wait depends on no session.
+    pub(crate) session: SessionId,
+    pub(crate) owner: Box<[u8]>,
+    pub(crate) deadline: Option<LogTime>,
+    pub(crate) ask: Ask,
 }
 
 enum Ran {
@@ -471,6 +527,7 @@ pub(crate) mod sum_event {
     pub(crate) const SESSION_ENDED: u64 = 4;
     pub(crate) const MEMBER: u64 = 5;
     pub(crate) const RESTORED: u64 = 6;
+    pub(crate) const OBJECT: u64 = 7;
 }
 
 /// How to take back one step.
@@ -480,19 +537,20 @@ enum Undo {
     Detach(SessionId, Key),
     Lock(LockKey, Option<Lock>),
     Waiter(WaiterNumber, Option<Waiter>),
+    Object(ObjectKey, Option<Arc<Object>>),
 }
 
 /// One transaction on its way: what it has changed so far, and how to undo that.
-struct Commit<'a> {
-    m: &'a mut Machine,
+pub(crate) struct Commit<'a> {
+    pub(crate) m: &'a mut Machine,
     out: &'a mut Applied,
-    txn: &'a Txn,
+    pub(crate) txn: &'a Txn,
     ticket: Ticket,
     succeeded: bool,
     /// The revision before.
     base: Revision,
     /// The revision that it takes if it changes something.
-    at: Revision,
+    pub(crate) at: Revision,
     /// How many changes it has made.
     index: u32,
     keys_changed: bool,
@@ -507,6 +565,10 @@ struct Commit<'a> {
     granted: Vec<LockKey>,
     /// The wait that it became.
     joined: Option<WaiterNumber>,
+    /// The operation at hand is the only one, so it may become a wait.
+    alone: bool,
+    /// Objects that it has given a token of its revision.
+    numbered: Vec<ObjectKey>,
 }
 
 impl<'a> Commit<'a> {
@@ -524,6 +586,8 @@ impl<'a> Commit<'a> {
             created: Vec::new(),
             granted: Vec::new(),
             joined: None,
+            alone: false,
+            numbered: Vec::new(),
             m,
             out,
             txn,
@@ -552,6 +616,12 @@ impl<'a> Commit<'a> {
                 SessionEvent::ExpiryDropped { .. } | SessionEvent::Checkpoint { .. } => {}
             }
         }
+        for step in &self.undo {
+            if let Undo::Object(key, _) = step {
+                let [name, digest] = objects::sum_parts(key, m.objects.any(key).map(|object| &**object));
+                m.sums.event([sum_event::OBJECT, name, digest]);
+            }
+        }
         for session in self.ended {
             m.requests.forget_session(session);
         }
@@ -576,7 +646,8 @@ impl<'a> Commit<'a> {
                 Undo::Attach(id, key) => drop(m.sessions.detach(id, key.as_bytes())),
                 Undo::Detach(id, key) => drop(m.sessions.attach(id, key.as_bytes())),
                 Undo::Lock(key, old) => drop(m.locks.set_lock(&key, old)),
-                Undo::Waiter(number, old) => drop(m.locks.set_waiter(number, old)),
+                Undo::Waiter(number, old) => drop(m.waits.set(number, old)),
+                Undo::Object(key, old) => drop(m.objects.set(&key, old)),
             }
         }
         self.out.changes.truncate(self.changes_before);
@@ -605,6 +676,7 @@ impl<'a> Commit<'a> {
     }
 
     fn op(&mut self, op: &Op, alone: bool) -> Result<OpReply, Rejection> {
+        self.alone = alone;
         match op {
             Op::Put(put) => self.put(put),
             Op::Delete(delete) => Ok(self.delete(delete)),
@@ -618,6 +690,8 @@ impl<'a> Commit<'a> {
             Op::LockAcquire(acquire) => self.lock_acquire(acquire, alone),
             Op::LockRelease { name, session, token } => self.lock_release(name, *session, *token),
             Op::LockCancel { name, session, request } => Ok(self.lock_cancel(name, *session, request.as_ref())),
+            Op::Native(_) if self.m.behaviour < PRIMITIVES => Err(Rejection::NotYet { behaviour: PRIMITIVES }),
+            Op::Native(op) => self.native(op),
             // What cannot be undone stands alone.
             _ if !alone => Err(invalid("a system operation must be the only one of its transaction")),
             Op::Compact { revision } => self.compact(*revision),
@@ -694,9 +768,12 @@ impl<'a> Commit<'a> {
         self.check_things(owner)
     }
 
-    fn check_things(&self, owner: SessionId) -> Result<(), Rejection> {
+    /// Whether a session may own one thing more.
+    pub(crate) fn check_things(&self, owner: SessionId) -> Result<(), Rejection> {
         let limit = self.m.limit(Limit::SessionThings);
-        if self.m.sessions.key_count(owner) + self.m.locks.things(owner) >= limit {
+        let m = &self.m;
+        let keys_and_locks = m.sessions.key_count(owner) + m.locks.lock_count(owner);
+        if keys_and_locks + m.waits.count(owner) + m.objects.session_count(owner) >= limit {
             return Err(Rejection::Quota { what: name::SESSION_THINGS, limit });
         }
         Ok(())
@@ -842,7 +919,7 @@ impl<'a> Commit<'a> {
     fn end(&mut self, id: SessionId) -> Result<(), Rejection> {
         let Some(session) = self.m.sessions.get(id).cloned() else { return Ok(()) };
         // Its waits go first, so that none of its own locks is granted to it.
-        for number in self.m.locks.waits_of(id) {
+        for number in self.m.waits.of_session(id) {
             self.end_wait(number, Err(Rejection::SessionExpired { session: id }));
         }
         let keys: Vec<Key> = self.m.sessions.keys(id).cloned().collect();
@@ -854,6 +931,9 @@ impl<'a> Commit<'a> {
         }
         for lock in self.m.locks.locks_of(id) {
             self.free(&lock)?;
+        }
+        for object in self.m.objects.of_session(id) {
+            objects::session_ended(self, &object, id);
         }
         if session.is_native() {
             let index = self.next_index();
@@ -891,10 +971,10 @@ impl<'a> Commit<'a> {
         };
         let owner = OwnerKey::new(&acquire.owner, session);
         let held_by = OwnerKey::new(&lock.holder.owner, lock.holder.session);
-        if owner == held_by || self.m.locks.is_waiting(&key, &owner) {
+        if owner == held_by || self.m.waits.is_waiting(&key.object(), &owner) {
             return Err(Rejection::Deadlock { name: acquire.name.clone(), holder: lock.holder.clone() });
         }
-        let waiters = self.m.locks.queue_len(&key);
+        let waiters = self.m.waits.len(&key.object());
         let deadline = match acquire.wait {
             Wait::None | Wait::Ms(0) => {
                 return Err(Rejection::Held { name: acquire.name.clone(), holder: lock.holder.clone(), waiters });
@@ -938,22 +1018,43 @@ impl<'a> Commit<'a> {
     }
 
     fn join(&mut self, lock: LockKey, acquire: &LockAcquire, session: SessionId, deadline: Option<LogTime>) {
-        let waiter = Waiter {
-            lock,
+        self.wait(Place {
+            on: vec![lock.object()],
+            rank: 0,
             session,
             owner: acquire.owner.clone(),
-            since: self.m.stamp,
             deadline,
+            ask: Ask::Exclusive,
+        });
+    }
+
+    /// Makes the operation at hand, which must be `alone`, a wait: its caller is answered when that ends.
+    pub(crate) fn wait(&mut self, place: Place) {
+        debug_assert!(self.alone, "the caller checks that");
+        let waiter = Waiter {
+            on: place.on,
+            rank: place.rank,
+            session: place.session,
+            owner: place.owner,
+            since: self.m.stamp,
+            deadline: place.deadline,
             ticket: self.ticket,
             principal: self.txn.principal.clone(),
             request: self.txn.request,
             succeeded: self.succeeded,
+            ask: place.ask,
         };
-        let number = self.m.locks.next_waiter;
-        self.m.locks.next_waiter += 1;
-        let old = self.m.locks.set_waiter(number, Some(waiter));
+        let number = self.m.waits.next;
+        self.m.waits.next += 1;
+        let old = self.m.waits.set(number, Some(waiter));
         self.undo.push(Undo::Waiter(number, old));
         self.joined = Some(number);
+    }
+
+    /// Refuses a wait that would not be the only operation of its transaction.
+    pub(crate) fn check_alone(&self) -> Result<(), Rejection> {
+        let refused = || invalid("an operation that may wait must be the only one of its transaction");
+        if self.alone { Ok(()) } else { Err(refused()) }
     }
 
     fn set_lock(&mut self, key: &LockKey, lock: Option<Lock>) {
@@ -982,8 +1083,8 @@ impl<'a> Commit<'a> {
     /// Every waiter here is of a live session and in time: the waits of a session end with it, and due waits ended before
     /// the first transaction of the entry.
     fn free(&mut self, key: &LockKey) -> Result<(), Rejection> {
-        if let Some(number) = self.m.locks.head(key)
-            && let Some(waiter) = self.m.locks.waiter(number)
+        if let Some(number) = self.m.waits.head(&key.object())
+            && let Some(waiter) = self.m.waits.get(number)
         {
             debug_assert!(waiter.deadline.is_none_or(|deadline| deadline > self.m.stamp));
             let (session, owner) = (waiter.session, waiter.owner.clone());
@@ -1002,8 +1103,9 @@ impl<'a> Commit<'a> {
         Ok(())
     }
 
-    fn end_wait(&mut self, number: WaiterNumber, result: Result<OpReply, Rejection>) {
-        if let Some(waiter) = self.m.locks.set_waiter(number, None) {
+    /// Ends a wait with its answer.
+    pub(crate) fn end_wait(&mut self, number: WaiterNumber, result: Result<OpReply, Rejection>) {
+        if let Some(waiter) = self.m.waits.set(number, None) {
             self.undo.push(Undo::Waiter(number, Some(waiter.clone())));
             self.answers.push((number, waiter, result));
         }
@@ -1027,15 +1129,64 @@ impl<'a> Commit<'a> {
 
     fn lock_cancel(&mut self, name: &[u8], session: SessionId, request: Option<&RequestId>) -> OpReply {
         let key = LockKey::new(self.txn.namespace, name);
-        let mut waits = self.m.locks.waits_of(session);
+        let queue = key.object();
+        let mut waits = self.m.waits.of_session(session);
         waits.retain(|number| {
-            let waiter = self.m.locks.waiter(*number).filter(|w| w.lock == key);
+            let waiter = self.m.waits.get(*number).filter(|w| w.on.contains(&queue));
             waiter.is_some_and(|w| request.is_none_or(|r| w.request.is_some_and(|own| is_same(&own, r))))
         });
         for number in &waits {
             self.end_wait(*number, Err(Rejection::Cancelled { name: name.into() }));
         }
         OpReply::LockCancelled { waiters: waits.len() as u64 }
+    }
+
+    // ---- Objects ----
+
+    /// An object of the transaction's namespace, by kind and name.
+    pub(crate) fn object_key<T: Lived>(&self, name: &[u8]) -> ObjectKey {
+        ObjectKey::of::<T>(self.txn.namespace, name)
+    }
+
+    pub(crate) fn object<T: Lived>(&self, key: &ObjectKey) -> Option<&T> {
+        self.m.objects.get(key)
+    }
+
+    /// Puts or replaces an object.
+    pub(crate) fn put_object<T: Lived>(&mut self, key: &ObjectKey, object: T) {
+        self.set_object(key, Some(Arc::new(object.into_object())));
+    }
+
+    pub(crate) fn remove_object(&mut self, key: &ObjectKey) {
+        if self.m.objects.any(key).is_some() {
+            self.set_object(key, None);
+        }
+    }
+
+    fn set_object(&mut self, key: &ObjectKey, new: Option<Arc<Object>>) {
+        let index = self.next_index();
+        let old = self.m.objects.set(key, new.clone());
+        if objects::is_watched(new.as_deref().or(old.as_deref())) {
+            let record = objects::record(key, new.as_deref(), self.at, index);
+            // What it was is not told to watchers: an object says all that it is.
+            self.out.changes.push(Change { record, before: None });
+        }
+        self.undo.push(Undo::Object(key.clone(), old));
+    }
+
+    /// Notes that this commit's revision becomes a token of the object, which can happen once.
+    pub(crate) fn number_once(&mut self, key: &ObjectKey) -> Result<Revision, Rejection> {
+        if self.numbered.contains(key) {
+            let name = key.name().escape_ascii();
+            return Err(invalid(format!("one transaction gives `{name}` one token")));
+        }
+        self.numbered.push(key.clone());
+        Ok(self.at)
+    }
+
+    /// The live session, as whoever owns something under it must name it.
+    pub(crate) fn live_session(&self, id: SessionId) -> Result<&Session, Rejection> {
+        self.m.sessions.get(id).ok_or(Rejection::SessionExpired { session: id })
     }
 
     // ---- System ----

@@ -8,6 +8,7 @@
 //!
 //! Numbers are LEB128, signed ones zigzag first; byte strings and lists begin with their length. docs/formats.md shows examples.
 
+use crate::coded::Coded;
 use crate::command::*;
 use crate::members;
 use crate::record::Record;
@@ -87,6 +88,7 @@ numbers!(
         LockAcquire = 32,
         LockRelease = 33,
         LockCancel = 34,
+        Native = 48,
         MemberAdd = 224,
         MemberPromote = 225,
         MemberRemove = 226,
@@ -113,6 +115,7 @@ numbers!(
         LockGranted = 32,
         LockReleased = 33,
         LockCancelled = 34,
+        Native = 48,
         Member = 224,
         Done = 240,
         ResultNotRetained = 241,
@@ -147,11 +150,12 @@ numbers!(
         MemberRemoved = 22,
         OtherStorage = 23,
         RolledBack = 24,
+        Refused = 25,
     }
 );
 
 numbers!(RelationNumber as "relation" { Equal = 0, Greater = 1, Less = 2, NotEqual = 3, });
-numbers!(TargetNumber as "compare target" { Version = 0, Create = 1, Mod = 2, Value = 3, Lease = 4, });
+numbers!(TargetNumber as "compare target" { Version = 0, Create = 1, Mod = 2, Value = 3, Lease = 4, Condition = 5, });
 numbers!(OrderNumber as "order" { None = 0, Ascending = 1, Descending = 2, });
 numbers!(SortNumber as "sort target" { Key = 0, Version = 1, Create = 2, Mod = 3, Value = 4, });
 numbers!(FaceNumber as "session face" { Etcd = 1, Native = 2, });
@@ -579,6 +583,11 @@ fn write_compare(b: &mut Vec<u8>, c: &Compare) {
             b.bytes(value);
             return;
         }
+        CompareTarget::Condition(condition) => {
+            b.push(TargetNumber::Condition as u8);
+            condition.write(b);
+            return;
+        }
     };
     b.push(number as u8);
     b.signed(n);
@@ -598,6 +607,7 @@ fn read_compare(r: &mut Reader<'_>) -> Decoded<Compare> {
         TargetNumber::Mod => CompareTarget::ModRevision(r.signed("a compare")?),
         TargetNumber::Lease => CompareTarget::Lease(r.signed("a compare")?),
         TargetNumber::Value => CompareTarget::Value(r.boxed("a compare")?),
+        TargetNumber::Condition => CompareTarget::Condition(Coded::read(r, "a condition")?),
     };
     Ok(Compare { span, relation, target })
 }
@@ -666,6 +676,10 @@ fn write_op(b: &mut Vec<u8>, op: &Op) {
             b.bytes(name);
             b.varint(session.0);
             write_request(b, request.as_ref());
+        }
+        Op::Native(op) => {
+            b.push(OpNumber::Native as u8);
+            op.write(b);
         }
         Op::Genesis { cluster, issuer } => {
             b.push(OpNumber::Genesis as u8);
@@ -765,6 +779,7 @@ fn read_op(r: &mut Reader<'_>) -> Decoded<Op> {
             session: SessionId(r.varint("a cancel")?),
             request: read_request(r)?,
         },
+        OpNumber::Native => Op::Native(Coded::read(r, "a native operation")?),
         OpNumber::Genesis => Op::Genesis { cluster: r.u64_fixed("a genesis")?, issuer: r.array("a genesis")? },
         OpNumber::RaiseBehaviour => Op::RaiseBehaviour { to: read_behaviour(r)? },
         OpNumber::SetLimit => Op::SetLimit { limit: read_limit(r)?, value: r.varint("a limit")? },
@@ -1068,6 +1083,10 @@ fn write_op_reply(b: &mut Vec<u8>, reply: &OpReply) {
             b.push(OpReplyNumber::LockCancelled as u8);
             b.varint(*waiters);
         }
+        OpReply::Native(reply) => {
+            b.push(OpReplyNumber::Native as u8);
+            reply.write(b);
+        }
         OpReply::Member(record) => {
             b.push(OpReplyNumber::Member as u8);
             members::write(b, record);
@@ -1102,6 +1121,7 @@ fn read_op_reply(r: &mut Reader<'_>) -> Decoded<OpReply> {
         }),
         OpReplyNumber::LockReleased => OpReply::LockReleased,
         OpReplyNumber::LockCancelled => OpReply::LockCancelled { waiters: r.varint(WHAT)? },
+        OpReplyNumber::Native => OpReply::Native(Coded::read(r, "a native answer")?),
         OpReplyNumber::Member => OpReply::Member(Box::new(members::read(r)?)),
         OpReplyNumber::Done => OpReply::Done,
         OpReplyNumber::ResultNotRetained => OpReply::ResultNotRetained,
@@ -1215,6 +1235,10 @@ fn write_rejection(b: &mut Vec<u8>, rejection: &Rejection) {
             b.varint(*boots);
             b.varint(*recorded);
         }
+        Rejection::Refused(refusal) => {
+            b.push(N::Refused as u8);
+            refusal.write(b);
+        }
     }
 }
 
@@ -1266,6 +1290,7 @@ fn read_result(r: &mut Reader<'_>) -> Decoded<Result<TxnReply, Rejection>> {
             removed: r.flag(WHAT)?,
         },
         N::MemberRemoved => Rejection::MemberRemoved { id: MemberId(r.varint(WHAT)?) },
+        N::Refused => Rejection::Refused(Coded::read(r, "a refusal")?),
         N::OtherStorage => Rejection::OtherStorage { id: MemberId(r.varint(WHAT)?) },
         N::RolledBack => {
             Rejection::RolledBack { id: MemberId(r.varint(WHAT)?), boots: r.varint(WHAT)?, recorded: r.varint(WHAT)? }

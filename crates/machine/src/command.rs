@@ -96,6 +96,8 @@ pub enum CompareTarget {
     ModRevision(i64),
     Value(Box<[u8]>),
     Lease(i64),
+    /// Something that is not a key; the span of such a compare is not looked at.
+    Condition(Box<crate::conditions::Condition>),
 }
 
 /// One operation. The numbers of the encoding are in `codec.rs` and never change.
@@ -142,6 +144,9 @@ pub enum Op {
         session: SessionId,
         request: Option<RequestId>,
     },
+
+    /// One of a native primitive beside sessions and exclusive locks; from behaviour version 3 on.
+    Native(Box<crate::native::NativeOp>),
 
     /// The first entry of a cluster's life: its identity, drawn by the first leader.
     Genesis {

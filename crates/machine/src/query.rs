@@ -10,6 +10,7 @@ use crate::codec::MAX_DEPTH;
 use crate::command::*;
 use crate::keys::ChangeSlice;
 use crate::locks::{LockInfo, LockKey};
+use crate::objects::{ObjectKey, Stored};
 use crate::record::Record;
 use crate::reply::*;
 use crate::requests::Seen;
@@ -147,7 +148,7 @@ impl Machine {
         }
         self.check_txn(txn)?;
         let mut decisions = Vec::new();
-        let succeeded = self.decide(&txn.compares, &txn.then, &txn.otherwise, &mut decisions);
+        let succeeded = self.decide(txn.namespace, &txn.compares, &txn.then, &txn.otherwise, &mut decisions);
         let ops = if succeeded { &txn.then } else { &txn.otherwise };
         let results = self.read_ops(ops, &mut decisions.into_iter())?;
         Ok(TxnReply { succeeded, results })
@@ -229,12 +230,12 @@ impl Machine {
 
     /// A held lock with its waiters; `None` where nobody holds it.
     pub fn lock(&self, ns: NamespaceId, name: &[u8]) -> Option<LockInfo> {
-        self.locks.info(&LockKey::new(ns, name))
+        self.locks.info(&LockKey::new(ns, name), &self.waits)
     }
 
     /// Where the callers of waits are, whatever lock they wait for.
     pub fn waiting_tickets(&self) -> impl Iterator<Item = Ticket> {
-        self.locks.waiters.iter().map(|(_, waiter)| waiter.ticket)
+        self.waits.table.iter().map(|(_, waiter)| waiter.ticket)
     }
 
     /// The grant under which this session and owner hold the lock now.
@@ -255,7 +256,23 @@ impl Machine {
 
     /// Up to `max` held locks whose names begin with `prefix` and come after `after`, in the order of names.
     pub fn locks(&self, ns: NamespaceId, prefix: &[u8], after: Option<&[u8]>, max: usize) -> Vec<LockInfo> {
-        self.locks.list(ns, prefix, after).take(max).filter_map(|key| self.locks.info(key)).collect()
+        self.locks.list(ns, prefix, after).take(max).filter_map(|key| self.locks.info(key, &self.waits)).collect()
+    }
+
+    /// An object of a kind, by name.
+    pub fn object<T: Stored>(&self, ns: NamespaceId, name: &[u8]) -> Option<&T> {
+        self.objects.get(&ObjectKey::of::<T>(ns, name))
+    }
+
+    /// Up to `max` objects of a kind whose names begin with `prefix` and come after `after`, in the order of names.
+    pub fn objects<'a, T: Stored + 'a>(
+        &'a self,
+        ns: NamespaceId,
+        prefix: &'a [u8],
+        after: Option<&[u8]>,
+        max: usize,
+    ) -> Vec<(Box<[u8]>, &'a T)> {
+        self.objects.list(ns, prefix, after).take(max).map(|(key, object)| (key.name().into(), object)).collect()
     }
 
     /// How many there are of everything.
@@ -266,7 +283,7 @@ impl Machine {
             revisions_kept: keys.versions,
             sessions: self.sessions.table.len() as u64,
             locks_held: self.locks.held.len() as u64,
-            waiters: self.locks.waiters.len() as u64,
+            waiters: self.waits.table.len() as u64,
             requests: self.requests.len(),
         }
     }
@@ -299,6 +316,8 @@ impl Machine {
         let keys = self.keys.memory();
         let rest = self.sessions.memory()
             + self.locks.memory()
+            + self.waits.memory()
+            + self.objects.memory()
             + self.requests.memory()
             + self.ring.memory()
             + self.members.memory();
@@ -335,7 +354,8 @@ impl Machine {
 
     /// The earliest moment of log time at which a wait ends without a lock, so that someone must propose an entry then.
     pub fn next_deadline(&self) -> Option<LogTime> {
-        self.locks.next_deadline()
+        let (waits, objects) = (self.waits.next_deadline(), self.objects.next_deadline());
+        waits.into_iter().chain(objects).min()
     }
 
     /// What a leader should propose to compact to now: everything older than `keep_ms` and below the newest `keep_revisions`; and, where
@@ -384,6 +404,7 @@ fn ops_growth(ops: &[Op]) -> u64 {
         Op::Put(p) => THING + (2 * p.key.as_bytes().len() + p.value.len()) as u64,
         Op::SessionCreate(_) => 2 * THING,
         Op::LockAcquire(a) => 2 * THING + 2 * (a.name.len() + a.owner.len()) as u64,
+        Op::Native(op) => op.growth(),
         Op::Txn(sub) => ops_growth(&sub.then).max(ops_growth(&sub.otherwise)),
         _ => 0,
     });

@@ -46,6 +46,8 @@ pub enum OpReply {
         /// How many waits were taken out.
         waiters: u64,
     },
+    /// Of an operation of a native primitive.
+    Native(Box<crate::native::NativeReply>),
     /// The member as it is after the operation.
     Member(Box<MemberRecord>),
     /// A system operation was done.
@@ -195,6 +197,8 @@ pub enum Rejection {
     Invalid {
         why: Box<str>,
     },
+    /// By a native primitive, with its own code and facts.
+    Refused(Box<crate::native::Refusal>),
     /// The behaviour version in the state does not have this yet.
     NotYet {
         behaviour: u16,
@@ -272,6 +276,7 @@ impl fmt::Display for Rejection {
             }
             Self::NotFound { what, name } => write!(f, "there is no {what} `{}`", name.escape_ascii()),
             Self::Invalid { why } => f.write_str(why),
+            Self::Refused(refusal) => f.write_str(&refusal.why),
             Self::NotYet { behaviour } => {
                 write!(f, "this needs behaviour version {behaviour}, which the cluster has not reached")
             }

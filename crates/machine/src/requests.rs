@@ -10,10 +10,10 @@
 
 use crate::codec::{DecodeError, Reader, Write, name};
 use crate::command::RequestId;
-use crate::locks::WaiterNumber;
 use crate::reply::{OpReply, Rejection, Reply, TxnReply};
 use crate::snapmap::SnapMap;
 use crate::types::*;
+use crate::waits::WaiterNumber;
 use std::collections::{BTreeMap, VecDeque};
 
 /// How long the answer to a one-shot request is kept, in log time. Clients stop retrying at half of it.

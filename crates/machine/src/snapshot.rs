@@ -13,11 +13,13 @@ use crate::codec::{self, DecodeError, Reader, Write};
 use crate::command::Limit;
 use crate::history::{Marks, Ring, Sums};
 use crate::keys::{Keys, SnapshotMark};
+use crate::locks::LockKey;
 use crate::members::Members;
 use crate::record::Record;
 use crate::reply::Change;
 use crate::types::*;
-use crate::{locks, requests, sessions};
+use crate::{locks, objects, requests, sessions, waits};
+use std::sync::Arc;
 
 /// The format version of a block.
 const BLOCK_FORMAT: u8 = 1;
@@ -40,16 +42,18 @@ enum Section {
     Marks = 10,
     End = 11,
     Members = 12,
+    Objects = 13,
 }
 
 impl Section {
     /// In the order in which they are written.
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Header,
         Self::Keys,
         Self::Sessions,
         Self::Locks,
         Self::Waiters,
+        Self::Objects,
         Self::OneShot,
         Self::Numbered,
         Self::Acked,
@@ -100,7 +104,8 @@ impl Machine {
         self.keys.pin(self.revision);
         self.sessions.table.begin();
         self.locks.held.begin();
-        self.locks.waiters.begin();
+        self.waits.table.begin();
+        self.objects.table.begin();
         self.requests.one_shot.begin();
         self.requests.numbered.begin();
         self.requests.acked.begin();
@@ -154,7 +159,8 @@ impl Machine {
             self.keys.unpin();
             self.sessions.table.abort();
             self.locks.held.abort();
-            self.locks.waiters.abort();
+            self.waits.table.abort();
+            self.objects.table.abort();
             self.requests.one_shot.abort();
             self.requests.numbered.abort();
             self.requests.acked.abort();
@@ -173,7 +179,7 @@ impl Machine {
         b.extend_from_slice(&self.sums.now().to_le_bytes());
         b.varint(self.keys.compacted().0);
         b.signed(self.compact_floor);
-        b.varint(self.locks.next_waiter);
+        b.varint(self.waits.next);
         b.varint(self.requests.next_order);
         b.varint(self.ring.floor().0);
         b.varint(self.limits.len() as u64);
@@ -207,8 +213,14 @@ impl Machine {
             Section::Waiters => write_entries(
                 b,
                 max_bytes,
-                |n| self.locks.waiters.next_slice(n),
-                |b, (number, waiter)| locks::write_waiter(b, *number, waiter),
+                |n| self.waits.table.next_slice(n),
+                |b, (number, waiter)| waits::write(b, *number, waiter),
+            ),
+            Section::Objects => write_entries(
+                b,
+                max_bytes,
+                |n| self.objects.table.next_slice(n),
+                |b, (key, object)| objects::write(b, key, object),
             ),
             Section::OneShot => write_entries(
                 b,
@@ -401,7 +413,7 @@ impl Loader {
         m.sums = Sums::new(m.position.index, r.u64_fixed(WHAT)?);
         self.compacted = Revision(r.varint(WHAT)?);
         m.compact_floor = r.signed(WHAT)?;
-        m.locks.next_waiter = r.varint(WHAT)?;
+        m.waits.next = r.varint(WHAT)?;
         m.requests.next_order = r.varint(WHAT)?;
         self.ring_floor = Revision(r.varint(WHAT)?);
         for _ in 0..r.varint(WHAT)? {
@@ -428,8 +440,12 @@ impl Loader {
                 once(m.locks.set_lock(&key, Some(lock)).is_none(), "a lock")?;
             }
             Section::Waiters => {
-                let (number, waiter) = locks::read_waiter(r)?;
-                once(number < m.locks.next_waiter && m.locks.set_waiter(number, Some(waiter)).is_none(), "a waiter")?;
+                let (number, waiter) = waits::read(r)?;
+                once(number < m.waits.next && m.waits.set(number, Some(waiter)).is_none(), "a waiter")?;
+            }
+            Section::Objects => {
+                let (key, object) = objects::read(r)?;
+                once(m.objects.set(&key, Some(Arc::new(object))).is_none(), "an object")?;
             }
             Section::OneShot => {
                 let id = (r.text("a principal")?, r.array("a request id")?);
@@ -478,14 +494,16 @@ fn check_links(m: &Machine) -> Result<(), DecodeError> {
     for (_, lock) in m.locks.held.iter() {
         once(m.sessions.get(lock.holder.session).is_some(), "a lock of a live session")?;
     }
-    for (_, waiter) in m.locks.waiters.iter() {
-        let held = m.locks.get(&waiter.lock).is_some();
-        once(held && m.sessions.get(waiter.session).is_some(), "a waiter of a live session at a held lock")?;
+    for (_, waiter) in m.waits.table.iter() {
+        let lock = waiter.only().and_then(LockKey::of_object);
+        let held = lock.is_none_or(|lock| m.locks.get(&lock).is_some());
+        let lives = waiter.session == SessionId(0) || m.sessions.get(waiter.session).is_some();
+        once(held && lives, "a waiter of a live session at a held lock")?;
     }
     let one_shot = m.requests.one_shot.iter().filter_map(|(_, r)| r.waiter());
     let numbered = m.requests.numbered.iter().filter_map(|(_, r)| r.waiter());
     for number in one_shot.chain(numbered) {
-        once(m.locks.waiter(number).is_some(), "a request of a waiter")?;
+        once(m.waits.get(number).is_some(), "a request of a waiter")?;
     }
     Ok(())
 }

@@ -218,6 +218,8 @@ pub enum Method {
 #[derive(Default)]
 pub struct Router {
     methods: HashMap<&'static str, Method>,
+    /// How the pipeline plans the changes that it takes by path.
+    pub(crate) plans: crate::native::Plans,
 }
 
 impl Router {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message as _;
-use tenure_machine::{Holder, LogTime, Rejection};
+use tenure_machine::{Holder, LogTime, RefusalCode, Rejection};
 use tenure_replica::Refusal;
 use tenure_wire::tenure::v1;
 
@@ -130,6 +130,29 @@ fn code_of(rejection: &Rejection) -> &'static str {
         Rejection::Fenced { .. } => "FENCED",
         Rejection::MemberExists { .. } | Rejection::OtherStorage { .. } | Rejection::RolledBack { .. } => "CONFLICT",
         Rejection::MemberRemoved { .. } => "NOT_FOUND",
+        Rejection::Refused(refusal) => code_of_refusal(refusal.code),
+    }
+}
+
+fn code_of_refusal(code: RefusalCode) -> &'static str {
+    match code {
+        RefusalCode::Conflict => "CONFLICT",
+        RefusalCode::Held => "HELD",
+        RefusalCode::TimeoutWaiting => "TIMEOUT_WAITING",
+        RefusalCode::Cancelled => "CANCELLED",
+        RefusalCode::Deadlock => "DEADLOCK",
+        RefusalCode::Fenced => "FENCED",
+        RefusalCode::SessionExpired => "SESSION_EXPIRED",
+        RefusalCode::InFlight => "IN_FLIGHT",
+        RefusalCode::Mismatch => "MISMATCH",
+        RefusalCode::NeedsReconcile => "NEEDS_RECONCILE",
+        RefusalCode::Compacted => "COMPACTED",
+        RefusalCode::TooLarge | RefusalCode::ResultNotRetained => "TOO_LARGE",
+        RefusalCode::Quota => "QUOTA",
+        RefusalCode::RateLimited => "RATE_LIMITED",
+        RefusalCode::NotFound => "NOT_FOUND",
+        RefusalCode::Invalid => "INVALID",
+        RefusalCode::Duplicate => "DUPLICATE",
     }
 }
 
@@ -231,6 +254,12 @@ pub(crate) fn native_rejection(rejection: &Rejection, kind: Kind, stamp: LogTime
             fact(&mut e, "member", format!("{:016x}", id.0));
             fact(&mut e, "boots", boots);
             fact(&mut e, "recorded", recorded);
+        }
+        Rejection::Refused(refusal) => {
+            refusal.facts.iter().for_each(|(name, value)| fact(&mut e, name, value));
+            if refusal.retry_after_ms > 0 {
+                e.retry_after_ms = refusal.retry_after_ms;
+            }
         }
         Rejection::DuplicateKey
         | Rejection::KeyNotFound

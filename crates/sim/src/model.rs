@@ -303,6 +303,7 @@ impl Model {
         };
         metas.iter().all(|(meta, value)| {
             let order = match &compare.target {
+                CompareTarget::Condition(_) => return false,
                 CompareTarget::Version(n) => (meta.version as i64).cmp(n),
                 CompareTarget::CreateRevision(n) => (meta.create_revision.0 as i64).cmp(n),
                 CompareTarget::ModRevision(n) => (meta.mod_revision.0 as i64).cmp(n),

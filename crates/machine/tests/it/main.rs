@@ -6,4 +6,5 @@ mod equal;
 mod golden;
 mod limits;
 mod model;
+mod native;
 mod script;

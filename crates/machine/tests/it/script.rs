@@ -5,6 +5,7 @@
 //! is followed by options: `id=u1` (one-shot) or `id=7/1` (session/number, `id=7/1<3` acknowledges those below 3), `guard=NAME:TOKEN`.
 //! An answer begins with `[N]` if it is for an earlier line: the Nth operation of the script.
 
+use crate::native;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -12,16 +13,27 @@ use tenure_machine::*;
 
 #[test]
 fn scripts() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts");
+    run_all("scripts", Script::default);
+}
+
+/// The primitives of behaviour version 3, each with scripts of its own prefix; the state begins at that version.
+#[test]
+fn native_scripts() {
+    run_all("scripts/native", Script::native);
+}
+
+fn run_all(folder: &str, begin: fn() -> Script) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|f| f.unwrap().path()).collect();
+    files.retain(|file| file.extension().is_some_and(|e| e == "txt"));
     files.sort();
-    assert!(files.len() > 30, "the scripts are there");
+    assert!(!files.is_empty(), "the scripts are there");
     let mut wrong = Vec::new();
     for file in files {
         let text = std::fs::read_to_string(&file).unwrap();
         assert!(text.starts_with('#'), "{}: the first line says why", file.display());
         let (commands, expected) = text.split_once("---\n").unwrap_or((&text, ""));
-        let said = Script::default().run(commands);
+        let said = begin().run(commands);
         if said == expected {
             continue;
         }
@@ -50,6 +62,14 @@ pub(crate) struct Script {
 }
 
 impl Script {
+    /// At the behaviour version of the native primitives.
+    fn native() -> Self {
+        let mut script = Self { term: 1, ..Self::default() };
+        script.apply(vec![Txn::of(Op::RaiseBehaviour { to: BEHAVIOUR })]);
+        script.out.clear();
+        script
+    }
+
     pub(crate) fn run(mut self, commands: &str) -> String {
         self.term = 1;
         for line in commands.lines().map(str::trim) {
@@ -228,7 +248,8 @@ impl Script {
             ("autocompact", [ms, revisions]) => {
                 format!("autocompact {:?}", m.autocompact(millis(ms), revisions.parse().unwrap(), 100).map(|r| r.0))
             }
-            _ => panic!("show {what} {rest:?}"),
+            _ => native::show(m, NamespaceId(self.namespace), what, rest)
+                .unwrap_or_else(|| panic!("show {what} {rest:?}")),
         };
         writeln!(self.out, "{said}").unwrap();
     }
@@ -410,7 +431,8 @@ impl Script {
                     },
                 }
             }
-            _ => panic!("unknown operation `{}`", words.join(" ")),
+            _ => native::op(&native::Said::new(words))
+                .unwrap_or_else(|| panic!("unknown operation `{}`", words.join(" "))),
         }
     }
 }
@@ -461,7 +483,7 @@ fn limit(name: &str) -> Limit {
     }
 }
 
-fn millis(text: &str) -> u64 {
+pub(crate) fn millis(text: &str) -> u64 {
     match text.strip_suffix("ms") {
         Some(ms) => ms.parse().unwrap(),
         None => match text.strip_suffix('m') {
@@ -540,6 +562,7 @@ fn show_txn(txn: &TxnReply) -> String {
 
 fn show_op(reply: &OpReply) -> String {
     match reply {
+        OpReply::Native(reply) => format!("{reply:?}"),
         OpReply::Put { prev: None } => "put".into(),
         OpReply::Put { prev: Some(prev) } => format!("put, was {}", show_record(prev)),
         OpReply::Delete { deleted, prev } => {

@@ -5,9 +5,18 @@
 //! N3: what the server draws for a call with a request id follows from that id, so that a retry is the same request.
 //! Relies on. The state machine for every decision; here requests are only read and answers written.
 
+mod configs;
+mod counters;
+mod elections;
+mod idempotency;
 pub(crate) mod kv;
 pub(crate) mod locks;
+mod markers;
 pub(crate) mod members;
+mod queues;
+mod registry;
+mod reservations;
+mod schedules;
 pub(crate) mod sessions;
 mod snapshots;
 pub(crate) mod status;
@@ -23,7 +32,7 @@ use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Answer;
 
 use crate::Context;
-use crate::driver::{ReadReply, RenewReplies, SessionRef, WriteReply};
+use crate::driver::{ReadReply, RenewReplies, SessionRef, View, WriteReply};
 use crate::rpc::{Call, Face, Router, Status};
 use crate::status as words;
 use crate::status::Kind;
@@ -78,6 +87,69 @@ pub(crate) enum Finish {
     SessionCreate,
     SessionRenew(Box<[u64]>),
     SessionEnd,
+    /// Of a change that is mounted by `change`.
+    Native(NativeFinish),
+}
+
+/// What the state machine answered to a change, for whoever writes the answer.
+pub(crate) struct Changed {
+    /// Complete.
+    pub(crate) header: v1::Header,
+    /// Of the only operation.
+    pub(crate) reply: OpReply,
+    /// What is left of a session that it made or holds something under.
+    pub(crate) remaining_ms: u64,
+}
+
+pub(crate) type NativeFinish = Box<dyn FnOnce(&Context, Changed) -> Result<Bytes, Refused> + Send>;
+
+/// How changes that are mounted by `change` are planned, by path.
+pub(crate) type Plans = std::collections::HashMap<&'static str, PlanFn>;
+pub(crate) type PlanFn = std::sync::Arc<dyn Fn(&Context, &Caller, Bytes) -> Result<Plan, Refused> + Send + Sync>;
+
+/// Mounts a change of one operation: alone, as JSON, and on the pipeline. `plan` reads the request, `answer` writes what came of it.
+pub(crate) fn change<Q, A, P, F>(router: &mut Router, context: &Context, path: &'static str, plan: P, answer: F)
+where
+    Q: Message + Default + 'static,
+    A: Message + 'static,
+    P: Fn(&Context, &Caller, &Q) -> Result<Txn, Refused> + Send + Sync + 'static,
+    F: Fn(&Context, &Q, Changed) -> Result<A, Refused> + Copy + Send + Sync + 'static,
+{
+    let planned: PlanFn = std::sync::Arc::new(move |context, caller, message| {
+        let request = Q::decode(message).map_err(|error| refuse("body", error.to_string()))?;
+        let txn = plan(context, caller, &request)?;
+        let finish: NativeFinish =
+            Box::new(move |context, changed| Ok(answer(context, &request, changed)?.encode_to_vec().into()));
+        Ok(Plan::Write(txn, Finish::Native(finish)))
+    });
+    router.plans.insert(path, planned.clone());
+    let context = context.clone();
+    router.unary(path, move |call, message| {
+        let (context, planned) = (context.clone(), planned.clone());
+        async move {
+            check_size(&context, message.len())?;
+            let plan = planned(&context, &Caller::of(&call), message).map_err(refusal)?;
+            run(&context, plan).await
+        }
+    });
+}
+
+/// Mounts a read on the driver's thread, linearizable unless the request says otherwise.
+pub(crate) fn look<Q, A, F>(
+    router: &mut Router,
+    context: &Context,
+    path: &'static str,
+    is_stale: fn(&Q) -> bool,
+    read: F,
+) where
+    Q: Message + Default + 'static,
+    A: Message + 'static,
+    F: Fn(&View<'_>, &Q) -> Result<A, Refused> + Copy + Send + Sync + 'static,
+{
+    sessions::native_unary(router, context, path, move |context, request: Q| async move {
+        let stale = is_stale(&request);
+        sessions::query(&context, stale, move |view| read(view, &request)).await?
+    });
 }
 
 pub(crate) type Refused = Box<v1::Error>;
@@ -98,12 +170,22 @@ impl Caller {
 }
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
+    configs::mount(router, context);
+    counters::mount(router, context);
+    elections::mount(router, context);
+    idempotency::mount(router, context);
     kv::mount(router, context);
     locks::mount(router, context);
+    markers::mount(router, context);
     members::mount(router, context);
+    queues::mount(router, context);
+    registry::mount(router, context);
+    reservations::mount(router, context);
+    schedules::mount(router, context);
     sessions::mount(router, context);
     snapshots::mount(router, context);
     status::mount(router, context);
+    // Last: it takes the plans of all the others.
     stream::mount(router, context);
 }
 
@@ -143,6 +225,9 @@ pub(crate) async fn run(context: &Context, plan: Plan) -> Result<Bytes, Status> 
         Plan::Renew(sessions, finish) => (Outcome::Renew(context.renew(sessions).await), finish),
     };
     let mut answer = complete(context, finish, outcome).await.map_err(refusal)?;
+    if let Answer::Unary(bytes) = answer {
+        return Ok(bytes);
+    }
     fill_header(context, &mut answer, is_stale);
     Ok(encode_answer(&answer))
 }
@@ -193,6 +278,15 @@ impl Finish {
             Ok(result) => result,
             Err(rejection) => return Err(refused(rejection)),
         };
+        if let Self::Native(finish) = self {
+            let mut header = header.unwrap_or_default();
+            identify(context, &mut header);
+            let reply = result.results.into_iter().next().ok_or_else(mixed_up)?;
+            if let OpReply::ResultNotRetained = reply {
+                return Err(Box::new(words::not_retained()));
+            }
+            return finish(context, Changed { header, reply, remaining_ms }).map(Answer::Unary);
+        }
         if let Self::Txn = self {
             return kv::txn_answer(header, &result).map(Answer::Txn);
         }
@@ -276,7 +370,8 @@ fn fill_header(context: &Context, answer: &mut Answer, is_stale: bool) {
         Answer::SessionCreate(a) => &mut a.header,
         Answer::SessionRenew(a) => &mut a.header,
         Answer::SessionEnd(a) => &mut a.header,
-        Answer::Error(_) => return,
+        // The one is no answer, the other has its header.
+        Answer::Error(_) | Answer::Unary(_) => return,
     };
     let header = header.get_or_insert_default();
     identify(context, header);
@@ -299,6 +394,7 @@ fn encode_answer(answer: &Answer) -> Bytes {
         Answer::SessionRenew(a) => a.encode_to_vec(),
         Answer::SessionEnd(a) => a.encode_to_vec(),
         Answer::Error(a) => a.encode_to_vec(),
+        Answer::Unary(a) => a.to_vec(),
     }
     .into()
 }

@@ -15,7 +15,7 @@ use tenure_machine::Txn;
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Answer;
 
-use super::{Caller, Finish, NativeRead, Outcome, Plan, Refused, full_header, kv, locks, refuse, sessions};
+use super::{Caller, Finish, NativeRead, Outcome, Plan, Plans, Refused, full_header, kv, locks, refuse, sessions};
 use crate::Context;
 use crate::driver::{Failure, Handle, SessionRef};
 use crate::etcd::encode;
@@ -32,8 +32,9 @@ const REPLIES_BYTES: usize = 1 << 20;
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     let context = context.clone();
+    let plans = Arc::new(std::mem::take(&mut router.plans));
     router.stream("/tenure.v1.Pipeline/Stream", move |call, incoming, outgoing| {
-        stream(context.clone(), call, incoming, outgoing)
+        stream(context.clone(), plans.clone(), call, incoming, outgoing)
     });
 }
 
@@ -153,7 +154,13 @@ impl Open {
     }
 }
 
-async fn stream(context: Context, call: Call, mut incoming: Incoming, outgoing: Outgoing) -> Result<(), Status> {
+async fn stream(
+    context: Context,
+    plans: Arc<Plans>,
+    call: Call,
+    mut incoming: Incoming,
+    outgoing: Outgoing,
+) -> Result<(), Status> {
     let out = Arc::new(PipeOut::default());
     let open = Open::default();
     let stopping = |_| Status::from(words::STOPPED);
@@ -165,11 +172,11 @@ async fn stream(context: Context, call: Call, mut incoming: Incoming, outgoing: 
     let reader = async {
         while let Some(message) = incoming.next().await {
             let mut gathered = Gathered::default();
-            gathered.add(&context, &caller, &open, message?)?;
+            gathered.add(&context, &plans, &caller, &open, message?)?;
             while gathered.requests.len() < GATHER_MAX
                 && let Some(message) = incoming.try_next_ready()
             {
-                gathered.add(&context, &caller, &open, message?)?;
+                gathered.add(&context, &plans, &caller, &open, message?)?;
             }
             if !gathered.refused.is_empty() {
                 outgoing.send_framed(frame_replies(&context, gathered.refused)).await.map_err(|_| gone())?;
@@ -281,12 +288,19 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn add(&mut self, context: &Context, caller: &Caller, open: &Open, message: Bytes) -> Result<(), Status> {
+    fn add(
+        &mut self,
+        context: &Context,
+        plans: &Plans,
+        caller: &Caller,
+        open: &Open,
+        message: Bytes,
+    ) -> Result<(), Status> {
         let message = v1::Requests::decode(message).map_err(|error| Status::undecodable(&error))?;
         self.requests.reserve(message.requests.len());
         for request in message.requests {
             let id = request.id;
-            match plan(context, caller, open, request) {
+            match plan(context, plans, caller, open, request) {
                 Ok(plan) => self.requests.push(begin(open, id, plan)),
                 Err(error) => self.refused.push((id, error)),
             }
@@ -305,7 +319,7 @@ fn begin(open: &Open, id: u64, plan: Plan) -> PipeRequest {
     }
 }
 
-fn plan(context: &Context, caller: &Caller, open: &Open, request: v1::Request) -> Result<Plan, Refused> {
+fn plan(context: &Context, plans: &Plans, caller: &Caller, open: &Open, request: v1::Request) -> Result<Plan, Refused> {
     use v1::request::Call;
     match request.call.ok_or_else(|| refuse("call", "the request is empty"))? {
         Call::Put(request) => kv::put(caller, &request),
@@ -322,5 +336,9 @@ fn plan(context: &Context, caller: &Caller, open: &Open, request: v1::Request) -
         Call::SessionCreate(request) => sessions::create(context, caller, request),
         Call::SessionRenew(request) => sessions::renew(&request),
         Call::SessionEnd(request) => sessions::end(caller, &request),
+        Call::Unary(call) => match plans.get(&call.method[..]) {
+            Some(plan) => plan(context, caller, call.body),
+            None => Err(refuse("method", format!("a pipeline knows no change `{}`", call.method))),
+        },
     }
 }

@@ -2368,7 +2368,7 @@ pub struct Request {
     /// the call.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "request::Call", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "request::Call", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub call: ::core::option::Option<request::Call>,
 }
 /// Nested message and enum types in `Request`.
@@ -2397,7 +2397,19 @@ pub mod request {
         SessionRenew(super::SessionRenewRequest),
         #[prost(message, tag = "12")]
         SessionEnd(super::SessionEndRequest),
+        /// Any other change of the native API.
+        #[prost(message, tag = "13")]
+        Unary(super::UnaryCall),
     }
+}
+/// A change by the path of its method, such as `/tenure.v1.Counters/Add`. An unknown path is INVALID, and so is one that is not a change.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnaryCall {
+    #[prost(string, tag = "1")]
+    pub method: ::prost::alloc::string::String,
+    /// The encoded request of that method.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub body: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Replies {
@@ -2412,7 +2424,10 @@ pub struct Reply {
     /// That of the request.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "reply::Result", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15")]
+    #[prost(
+        oneof = "reply::Result",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15"
+    )]
     pub result: ::core::option::Option<reply::Result>,
 }
 /// Nested message and enum types in `Reply`.
@@ -2441,6 +2456,9 @@ pub mod reply {
         SessionRenew(super::SessionRenewReply),
         #[prost(message, tag = "12")]
         SessionEnd(super::SessionEndReply),
+        /// The encoded answer of the method that was called.
+        #[prost(bytes, tag = "13")]
+        Unary(::prost::bytes::Bytes),
         #[prost(message, tag = "15")]
         Error(super::Error),
     }

@@ -1,0 +1,1 @@
+//! Configuration with versions, followed and kept for a cold start.

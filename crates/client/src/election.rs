@@ -1,0 +1,1 @@
+//! Elections: leading, with the safe order of shutting down.

@@ -1,0 +1,1 @@
+//! Reservations of a part of a pool.

@@ -1,0 +1,52 @@
+//! Elections: one leader, a value that it publishes, and an order among those who would follow.
+
+use crate::apply::{Commit, Machine};
+use crate::coded::{coded_enum, coded_struct};
+use crate::objects::Lived;
+use crate::reply::{OpReply, Rejection};
+use crate::waits::Waiter;
+
+coded_struct! {
+    /// Under construction.
+    pub struct Election as "election" {
+        pub value: u64,
+    }
+}
+
+impl Lived for Election {
+    fn bytes(&self) -> u64 {
+        0
+    }
+}
+
+coded_enum! {
+    /// Under construction.
+    pub enum ElectionOp as "an operation" {
+        Nothing = 0,
+    }
+}
+
+coded_enum! {
+    /// Under construction.
+    pub enum ElectionReply as "an answer" {
+        Nothing = 0,
+    }
+}
+
+impl ElectionOp {
+    /// An upper bound of the bytes that it adds; zero for what takes away.
+    pub(crate) fn growth(&self) -> u64 {
+        0
+    }
+
+    /// What a waiter is told whose time is over; `None`: that it waited in vain.
+    pub(crate) fn wait_over(&self, _: &Machine, _: &Waiter) -> Option<Result<OpReply, Rejection>> {
+        None
+    }
+}
+
+impl Commit<'_> {
+    pub(crate) fn election_op(&mut self, _: &ElectionOp) -> Result<OpReply, Rejection> {
+        Ok(ElectionReply::Nothing.into())
+    }
+}

@@ -1,0 +1,52 @@
+//! Idempotency records.
+
+use crate::apply::{Commit, Machine};
+use crate::coded::{coded_enum, coded_struct};
+use crate::objects::Lived;
+use crate::reply::{OpReply, Rejection};
+use crate::waits::Waiter;
+
+coded_struct! {
+    /// Under construction.
+    pub struct Attempt as "attempt" {
+        pub value: u64,
+    }
+}
+
+impl Lived for Attempt {
+    fn bytes(&self) -> u64 {
+        0
+    }
+}
+
+coded_enum! {
+    /// Under construction.
+    pub enum IdempotencyOp as "an operation" {
+        Nothing = 0,
+    }
+}
+
+coded_enum! {
+    /// Under construction.
+    pub enum IdempotencyReply as "an answer" {
+        Nothing = 0,
+    }
+}
+
+impl IdempotencyOp {
+    /// An upper bound of the bytes that it adds; zero for what takes away.
+    pub(crate) fn growth(&self) -> u64 {
+        0
+    }
+
+    /// What a waiter is told whose time is over; `None`: that it waited in vain.
+    pub(crate) fn wait_over(&self, _: &Machine, _: &Waiter) -> Option<Result<OpReply, Rejection>> {
+        None
+    }
+}
+
+impl Commit<'_> {
+    pub(crate) fn idempotency_op(&mut self, _: &IdempotencyOp) -> Result<OpReply, Rejection> {
+        Ok(IdempotencyReply::Nothing.into())
+    }
+}

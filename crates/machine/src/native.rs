@@ -1,0 +1,133 @@
+//! The operations of the native primitives beside sessions and exclusive locks, their answers, their conditions and their refusals: one line a
+//! primitive. Each module declares its own; the numbers here are stored and never change.
+
+use crate::apply::{Commit, Machine};
+use crate::coded::{coded_enum, coded_struct};
+use crate::reply::{OpReply, Rejection};
+use crate::waits::Waiter;
+use crate::{configs, counters, elections, idempotency, lock_ops, markers, queues, registry, reservations, schedules};
+
+/// The behaviour version from which they exist.
+pub(crate) const PRIMITIVES: u16 = 3;
+
+macro_rules! primitives {
+    ($($primitive:ident = $number:literal, $module:ident::($op:ident, $reply:ident), $run:ident;)*) => {
+        coded_enum! {
+            /// One operation of a native primitive.
+            pub enum NativeOp as "a native operation" { $($primitive($module::$op) = $number,)* }
+        }
+
+        coded_enum! {
+            /// What it answers.
+            pub enum NativeReply as "a native answer" { $($primitive($module::$reply) = $number,)* }
+        }
+
+        impl NativeOp {
+            /// An upper bound of the bytes that it adds to the state; zero for what takes away.
+            pub(crate) fn growth(&self) -> u64 {
+                match self { $(Self::$primitive(op) => op.growth(),)* }
+            }
+        }
+
+        impl NativeOp {
+            /// What a waiter is told whose time is over; `None`: that it waited in vain.
+            pub(crate) fn wait_over(&self, machine: &Machine, waiter: &Waiter) -> Option<Result<OpReply, Rejection>> {
+                match self { $(Self::$primitive(op) => op.wait_over(machine, waiter),)* }
+            }
+        }
+
+        impl Commit<'_> {
+            pub(crate) fn native(&mut self, op: &NativeOp) -> Result<OpReply, Rejection> {
+                match op { $(NativeOp::$primitive(op) => self.$run(op),)* }
+            }
+        }
+
+        $(impl From<$module::$op> for crate::command::Op {
+            fn from(op: $module::$op) -> Self {
+                Self::Native(Box::new(NativeOp::$primitive(op)))
+            }
+        }
+
+        impl From<$module::$reply> for OpReply {
+            fn from(reply: $module::$reply) -> Self {
+                Self::Native(Box::new(NativeReply::$primitive(reply)))
+            }
+        })*
+    };
+}
+
+primitives! {
+    Counter = 1, counters::(CounterOp, CounterReply), counter_op;
+    Reservation = 2, reservations::(ReservationOp, ReservationReply), reservation_op;
+    Config = 3, configs::(ConfigOp, ConfigReply), config_op;
+    Registry = 4, registry::(RegistryOp, RegistryReply), registry_op;
+    Idempotency = 5, idempotency::(IdempotencyOp, IdempotencyReply), idempotency_op;
+    Queue = 6, queues::(QueueOp, QueueReply), queue_op;
+    Schedule = 7, schedules::(ScheduleOp, ScheduleReply), schedule_op;
+    Marker = 8, markers::(MarkerOp, MarkerReply), marker_op;
+    Election = 9, elections::(ElectionOp, ElectionReply), election_op;
+    Lock = 10, lock_ops::(LockOp, LockReply), lock_op;
+}
+
+coded_enum! {
+    /// The stable code of a refusal.
+    #[derive(Copy, Eq)]
+    pub enum RefusalCode as "a refusal code" {
+        Conflict = 1,
+        Held = 2,
+        TimeoutWaiting = 3,
+        Cancelled = 4,
+        Deadlock = 5,
+        Fenced = 6,
+        SessionExpired = 7,
+        InFlight = 8,
+        Mismatch = 9,
+        NeedsReconcile = 10,
+        Compacted = 11,
+        TooLarge = 12,
+        Quota = 13,
+        RateLimited = 14,
+        NotFound = 15,
+        Invalid = 16,
+        Duplicate = 17,
+        ResultNotRetained = 18,
+    }
+}
+
+coded_struct! {
+    /// Why an operation of a native primitive was refused, with the facts of the decision.
+    pub struct Refusal as "a refusal" {
+        pub code: RefusalCode,
+        /// One sentence for people.
+        pub why: Box<str>,
+        /// In the order in which they were added; numbers are decimal.
+        pub facts: Vec<(Box<str>, Box<str>)>,
+        /// Zero: no advice.
+        pub retry_after_ms: u64,
+    }
+}
+
+impl Refusal {
+    pub fn new(code: RefusalCode, why: impl Into<Box<str>>) -> Self {
+        Self { code, why: why.into(), facts: Vec::new(), retry_after_ms: 0 }
+    }
+
+    /// Adds a fact. Names are those of `errors.proto` where it has one.
+    #[must_use]
+    pub fn fact(mut self, name: &str, value: impl ToString) -> Self {
+        self.facts.push((name.into(), value.to_string().into()));
+        self
+    }
+
+    #[must_use]
+    pub fn retry_after(mut self, ms: u64) -> Self {
+        self.retry_after_ms = ms;
+        self
+    }
+}
+
+impl From<Refusal> for Rejection {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(Box::new(refusal))
+    }
+}

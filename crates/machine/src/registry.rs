@@ -1,0 +1,56 @@
+//! The registry of services: instances and their health.
+
+use crate::apply::{Commit, Machine};
+use crate::coded::{coded_enum, coded_struct};
+use crate::objects::Lived;
+use crate::reply::{OpReply, Rejection};
+use crate::waits::Waiter;
+
+coded_struct! {
+    /// Under construction.
+    pub struct Instance as "instance" {
+        pub value: u64,
+    }
+}
+
+impl Lived for Instance {
+    fn bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// What follows from the table.
+#[derive(Default)]
+pub(crate) struct Index {}
+
+coded_enum! {
+    /// Under construction.
+    pub enum RegistryOp as "an operation" {
+        Nothing = 0,
+    }
+}
+
+coded_enum! {
+    /// Under construction.
+    pub enum RegistryReply as "an answer" {
+        Nothing = 0,
+    }
+}
+
+impl RegistryOp {
+    /// An upper bound of the bytes that it adds; zero for what takes away.
+    pub(crate) fn growth(&self) -> u64 {
+        0
+    }
+
+    /// What a waiter is told whose time is over; `None`: that it waited in vain.
+    pub(crate) fn wait_over(&self, _: &Machine, _: &Waiter) -> Option<Result<OpReply, Rejection>> {
+        None
+    }
+}
+
+impl Commit<'_> {
+    pub(crate) fn registry_op(&mut self, _: &RegistryOp) -> Result<OpReply, Rejection> {
+        Ok(RegistryReply::Nothing.into())
+    }
+}

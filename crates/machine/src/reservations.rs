@@ -1,0 +1,69 @@
+//! Reservations: pools of something countable, and holds on a part of one.
+
+use crate::apply::{Commit, Machine};
+use crate::coded::{coded_enum, coded_struct};
+use crate::objects::Lived;
+use crate::reply::{OpReply, Rejection};
+use crate::waits::Waiter;
+
+coded_struct! {
+    /// Under construction.
+    pub struct Pool as "pool" {
+        pub value: u64,
+    }
+}
+
+impl Lived for Pool {
+    fn bytes(&self) -> u64 {
+        0
+    }
+}
+
+coded_struct! {
+    /// Under construction.
+    pub struct Hold as "hold" {
+        pub value: u64,
+    }
+}
+
+impl Lived for Hold {
+    fn bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// What follows from the table.
+#[derive(Default)]
+pub(crate) struct Index {}
+
+coded_enum! {
+    /// Under construction.
+    pub enum ReservationOp as "an operation" {
+        Nothing = 0,
+    }
+}
+
+coded_enum! {
+    /// Under construction.
+    pub enum ReservationReply as "an answer" {
+        Nothing = 0,
+    }
+}
+
+impl ReservationOp {
+    /// An upper bound of the bytes that it adds; zero for what takes away.
+    pub(crate) fn growth(&self) -> u64 {
+        0
+    }
+
+    /// What a waiter is told whose time is over; `None`: that it waited in vain.
+    pub(crate) fn wait_over(&self, _: &Machine, _: &Waiter) -> Option<Result<OpReply, Rejection>> {
+        None
+    }
+}
+
+impl Commit<'_> {
+    pub(crate) fn reservation_op(&mut self, _: &ReservationOp) -> Result<OpReply, Rejection> {
+        Ok(ReservationReply::Nothing.into())
+    }
+}

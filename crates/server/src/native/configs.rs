@@ -1,0 +1,6 @@
+//! Native configuration: publish, read, follow, roll back.
+
+use crate::Context;
+use crate::rpc::Router;
+
+pub(crate) fn mount(_: &mut Router, _: &Context) {}

@@ -1,0 +1,6 @@
+//! Native elections: campaign, proclaim, observe, resign.
+
+use crate::Context;
+use crate::rpc::Router;
+
+pub(crate) fn mount(_: &mut Router, _: &Context) {}
