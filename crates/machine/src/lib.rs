@@ -53,7 +53,10 @@ pub use codec::{DecodeError, MAX_DEPTH};
 pub use command::*;
 pub use conditions::Condition;
 pub use configs::{Config, ConfigOp, ConfigReply};
-pub use counters::{Counter, CounterOp, CounterReply};
+pub use counters::{
+    BLOCK_MAX, Counter, CounterAdd, CounterDelete, CounterExpect, CounterOp, CounterReply, CounterSet, Numbers,
+    SEQUENCE_MAX, Sequence, SequenceNext,
+};
 pub use elections::{Election, ElectionOp, ElectionReply};
 pub use idempotency::{Attempt, IdempotencyOp, IdempotencyReply};
 pub use keys::ChangeSlice;

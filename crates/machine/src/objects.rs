@@ -5,10 +5,11 @@
 //! names sessions is told when one of them ends, in the commit that ends it. O4: indexes follow from the table alone.
 //! Not promised. What any of them means: each kind has its own module, which implements [`Stored`] and [`Lived`].
 
-use crate::apply::Commit;
+use crate::apply::{Commit, invalid};
 use crate::codec::{self, DecodeError, Reader, Write};
 use crate::coded::{Coded, encoded};
 use crate::record::{Meta, Record};
+use crate::reply::Rejection;
 use crate::snapmap::SnapMap;
 use crate::types::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use crate::configs::Config;
-use crate::counters::Counter;
+use crate::counters::{Counter, Sequence};
 use crate::elections::Election;
 use crate::idempotency::Attempt;
 use crate::lock_events::LockEvents;
@@ -242,8 +243,11 @@ kinds! {
     Marker = b'm', 10;
     Election = b'e', 11;
     LockEvents = b'v', 12;
+    Sequence = b'n', 13;
 }
 
+/// Bytes of a name.
+const NAME_BYTES_MAX: usize = 4 << 10;
 /// The format version of a stored object.
 const OBJECT_FORMAT: u8 = 1;
 /// An object with its slot in the table, beside key and contents.
@@ -396,6 +400,14 @@ impl Objects {
 fn bytes(key: &ObjectKey, object: &Object) -> u64 {
     let indexed = u64::from(object.deadline().is_some()) + object.sessions().len() as u64;
     OBJECT_BYTES + key.as_bytes().len() as u64 + object.bytes() + indexed * INDEXED_BYTES
+}
+
+/// Refuses a name that no object of a kind has.
+pub(crate) fn check_name(kind: &str, name: &[u8]) -> Result<(), Rejection> {
+    if name.is_empty() || name.len() > NAME_BYTES_MAX {
+        return Err(invalid(format!("the name of a {kind} has 1 to {NAME_BYTES_MAX} bytes")));
+    }
+    Ok(())
 }
 
 /// One change of an object on its way: what the checksum takes in.

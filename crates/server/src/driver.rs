@@ -80,6 +80,7 @@ pub(crate) type SessionRef = (SessionId, SessionToken);
 pub(crate) struct View<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) member: &'a Member<FsDisk>,
+    pub(crate) identity: &'a Identity,
     pub(crate) now: Millis,
 }
 
@@ -1160,7 +1161,9 @@ impl Loop {
                 let answer = Ok((read.run(machine), revision));
                 self.pipes.done(pipe, item, Outcome::Read(answer));
             }
-            Read::Query(query) => query(Ok(&View { machine, member: &self.member, now: now() })),
+            Read::Query(query) => {
+                query(Ok(&View { machine, member: &self.member, identity: &self.identity, now: now() }))
+            }
             Read::Slices(request) => self.begin_long_read(request),
         }
     }

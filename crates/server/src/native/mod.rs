@@ -357,6 +357,18 @@ pub(crate) fn full_header(context: &Context, revision: Revision, is_stale: bool)
     Some(header)
 }
 
+/// The whole header of a read that is answered on the driver's thread; see `look`.
+pub(crate) fn seen(view: &View<'_>, is_stale: bool) -> Option<v1::Header> {
+    Some(v1::Header {
+        revision: view.machine.revision().0,
+        cluster_id: view.identity.cluster(),
+        member_id: view.identity.member(),
+        raft_term: view.identity.term(),
+        replayed: false,
+        stale_ms: if is_stale { view.identity.stale_ms() } else { 0 },
+    })
+}
+
 fn fill_header(context: &Context, answer: &mut Answer, is_stale: bool) {
     let header = match answer {
         Answer::Put(a) => &mut a.header,

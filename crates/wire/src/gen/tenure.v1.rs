@@ -90,6 +90,575 @@ pub struct RequireLock {
     #[prost(uint64, tag = "2")]
     pub token: u64,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Counter {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(int64, tag = "2")]
+    pub value: i64,
+    /// The commit of its last change. It never comes again, not even for a later counter of the same name.
+    #[prost(uint64, tag = "3")]
+    pub revision: u64,
+}
+/// What a counter must be like for a change to happen.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterExpect {
+    #[prost(oneof = "counter_expect::Fact", tags = "1, 2, 3")]
+    pub fact: ::core::option::Option<counter_expect::Fact>,
+}
+/// Nested message and enum types in `CounterExpect`.
+pub mod counter_expect {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Fact {
+        /// There is (true) no such counter; INVALID if false.
+        #[prost(bool, tag = "1")]
+        Absent(bool),
+        #[prost(int64, tag = "2")]
+        Value(i64),
+        /// Of its last change.
+        #[prost(uint64, tag = "3")]
+        Revision(u64),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterAddRequest {
+    /// 1 to 1,024 bytes.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// May be below zero. INVALID if it is not given.
+    #[prost(int64, optional, tag = "2")]
+    pub delta: ::core::option::Option<i64>,
+    /// Bounds of the sum; not given: those of 64 bits.
+    #[prost(int64, optional, tag = "3")]
+    pub min: ::core::option::Option<i64>,
+    #[prost(int64, optional, tag = "4")]
+    pub max: ::core::option::Option<i64>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterAddReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// As it is after the addition.
+    #[prost(message, optional, tag = "2")]
+    pub counter: ::core::option::Option<Counter>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterSetRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// INVALID if it is not given.
+    #[prost(int64, optional, tag = "2")]
+    pub value: ::core::option::Option<i64>,
+    /// Not given: whatever it is.
+    #[prost(message, optional, tag = "3")]
+    pub expect: ::core::option::Option<CounterExpect>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterSetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub counter: ::core::option::Option<Counter>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterDeleteRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Not given: whatever it is.
+    #[prost(message, optional, tag = "2")]
+    pub expect: ::core::option::Option<CounterExpect>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterDeleteReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Whether there was one.
+    #[prost(bool, tag = "2")]
+    pub deleted: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterGetRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Answer from this member alone, which may be behind.
+    #[prost(bool, tag = "2")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub counter: ::core::option::Option<Counter>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterListRequest {
+    /// Only names that begin so.
+    #[prost(string, tag = "1")]
+    pub prefix: ::prost::alloc::string::String,
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Begin after this name: `next` of the page before.
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(bool, tag = "4")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CounterListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub counters: ::prost::alloc::vec::Vec<Counter>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Sequence {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// The first number that nobody was given.
+    #[prost(uint64, tag = "2")]
+    pub next: u64,
+    /// The commit that moved it last.
+    #[prost(uint64, tag = "3")]
+    pub revision: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SequenceNextRequest {
+    /// 1 to 1,024 bytes.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// How many numbers; 0 is 1, and 1,000,000,000 is the most.
+    #[prost(uint64, tag = "2")]
+    pub block: u64,
+    /// Leave out what is below, such as the numbers that another system has given out. 0 leaves out nothing.
+    #[prost(uint64, tag = "3")]
+    pub at_least: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SequenceNextReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// The numbers from here belong to the caller alone.
+    #[prost(uint64, tag = "2")]
+    pub from: u64,
+    /// Up to here, not included. Every number is below 2^63.
+    #[prost(uint64, tag = "3")]
+    pub to: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SequenceGetRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Answer from this member alone, which may be behind.
+    #[prost(bool, tag = "2")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SequenceGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub sequence: ::core::option::Option<Sequence>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SequenceListRequest {
+    /// Only names that begin so.
+    #[prost(string, tag = "1")]
+    pub prefix: ::prost::alloc::string::String,
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Begin after this name: `next` of the page before.
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(bool, tag = "4")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SequenceListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub sequences: ::prost::alloc::vec::Vec<Sequence>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod counters_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct CountersClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> CountersClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> CountersClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            CountersClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Adds, if the sum is within the bounds and 64 bits. A counter that is not there counts as 0.
+        /// Errors: CONFLICT (the facts tell `value` and the bound, `min` or `max`; nothing has changed), QUOTA, INVALID.
+        pub async fn add(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CounterAddRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CounterAddReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Counters/Add");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Counters", "Add"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Sets, if the counter is as expected. Errors: CONFLICT (the facts tell `value` and `revision`, or neither if there is none), QUOTA, INVALID.
+        pub async fn set(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CounterSetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CounterSetReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Counters/Set");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Counters", "Set"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Deletes, if the counter is as expected. Deleting nothing succeeds. Errors: CONFLICT, INVALID.
+        pub async fn delete(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CounterDeleteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CounterDeleteReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Counters/Delete",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Counters", "Delete"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads one counter. Errors: NOT_FOUND, NO_QUORUM.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CounterGetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CounterGetReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Counters/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Counters", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists counters by name, in pages.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CounterListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CounterListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Counters/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Counters", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod sequences_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// A sequence only moves forward and is not deleted: what it gave out it never gives again. There may be gaps, since numbers that were given to
+    /// someone who died are lost.
+    #[derive(Debug, Clone)]
+    pub struct SequencesClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> SequencesClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> SequencesClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            SequencesClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Takes the next numbers. A sequence that is not there begins at 1. Errors: CONFLICT (used up), QUOTA, INVALID.
+        pub async fn next(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SequenceNextRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SequenceNextReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Sequences/Next");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Sequences", "Next"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells where one goes on. Errors: NOT_FOUND, NO_QUORUM.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SequenceGetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SequenceGetReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Sequences/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Sequences", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists sequences by name, in pages.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SequenceListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SequenceListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Sequences/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Sequences", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
 /// Why a call was refused, in a form that programs can act on. It travels as the only detail of a gRPC status (packed in
 /// google.rpc.Status), as problem+json over HTTP, and beside other answers on a pipeline.
 #[derive(Clone, PartialEq, ::prost::Message)]
