@@ -11,6 +11,7 @@
 use crate::check;
 use crate::codec::{DecodeError, fold, name};
 use crate::command::*;
+use crate::conditions::{self, Failed};
 use crate::history::{Marks, Ring, Sums};
 use crate::keys::Keys;
 use crate::locks::{Lock, LockKey, Locks};
@@ -387,10 +388,11 @@ impl Machine {
             return Ran::Answered(Err(rejection));
         }
         let mut decisions = Vec::new();
-        let succeeded = self.decide(txn.namespace, &txn.compares, &txn.then, &txn.otherwise, &mut decisions);
+        let decided = self.decide(txn.namespace, &txn.compares, &txn.then, &txn.otherwise, &mut decisions);
+        let succeeded = decided.succeeded;
         let ops = if succeeded { &txn.then } else { &txn.otherwise };
         let mut commit = Commit::new(self, txn, ticket, out, succeeded);
-        match commit.run(ops, &mut decisions.into_iter(), true) {
+        match commit.run(ops, decided, &mut decisions.into_iter(), true) {
             Ok(results) => match commit.finish() {
                 Some(waiter) => Ran::Waits(waiter),
                 None => Ran::Answered(Ok(TxnReply { succeeded, results })),
@@ -408,7 +410,7 @@ impl Machine {
         txn.requires.iter().try_for_each(|r| self.check_requirement(txn.namespace, r))
     }
 
-    fn check_requirement(&self, namespace: NamespaceId, required: &RequireLock) -> Result<(), Rejection> {
+    pub(crate) fn check_requirement(&self, namespace: NamespaceId, required: &RequireLock) -> Result<(), Rejection> {
         let lock = self.locks.get(&LockKey::new(namespace, &required.name));
         if lock.is_some_and(|l| l.holder.token == required.token) {
             return Ok(());
@@ -424,21 +426,24 @@ impl Machine {
         compares: &[Compare],
         then: &[Op],
         otherwise: &[Op],
-        decisions: &mut Vec<bool>,
-    ) -> bool {
-        let succeeded = compares.iter().all(|c| self.compare(namespace, c));
-        for op in if succeeded { then } else { otherwise } {
+        decisions: &mut Vec<Decision>,
+    ) -> Decision {
+        let failed = compares.iter().position(|c| !self.compare(namespace, c));
+        let ops = if failed.is_none() { then } else { otherwise };
+        for op in ops {
             if let Op::Txn(sub) = op {
                 let place = decisions.len();
-                decisions.push(false);
+                decisions.push(Decision::default());
                 decisions[place] = self.decide(namespace, &sub.compares, &sub.then, &sub.otherwise, decisions);
             }
         }
-        succeeded
+        let told = failed.filter(|_| ops.first().is_some_and(conditions::is_explain));
+        let failed_with = told.map(|index| Box::new(self.explain(namespace, index, &compares[index])));
+        Decision { succeeded: failed.is_none(), failed: failed_with }
     }
 
     /// A span without keys compares like a key of zeros, except by value: there it fails whatever the relation.
-    fn compare(&self, namespace: NamespaceId, compare: &Compare) -> bool {
+    pub(crate) fn compare(&self, namespace: NamespaceId, compare: &Compare) -> bool {
         if let CompareTarget::Condition(condition) = &compare.target {
             return self.holds(namespace, condition) == (compare.relation == Relation::Equal);
         }
@@ -497,6 +502,14 @@ fn fenced(name: &[u8], presented: Revision, lock: Option<&Lock>) -> Rejection {
 
 pub(crate) fn invalid(why: impl Into<Box<str>>) -> Rejection {
     Rejection::Invalid { why: why.into() }
+}
+
+/// Which list of a transaction runs.
+#[derive(Default)]
+pub(crate) struct Decision {
+    pub(crate) succeeded: bool,
+    /// The compare that did not hold, where the list asks for it.
+    pub(crate) failed: Option<Box<Failed>>,
 }
 
 /// Objects told per entry that their time has come.
@@ -569,6 +582,8 @@ pub(crate) struct Commit<'a> {
     alone: bool,
     /// Objects that it has given a token of its revision.
     numbered: Vec<ObjectKey>,
+    /// Why the list at hand is the second one, until that was told.
+    pub(crate) failed: Option<Box<Failed>>,
 }
 
 impl<'a> Commit<'a> {
@@ -588,6 +603,7 @@ impl<'a> Commit<'a> {
             joined: None,
             alone: false,
             numbered: Vec::new(),
+            failed: None,
             m,
             out,
             txn,
@@ -657,17 +673,20 @@ impl<'a> Commit<'a> {
     fn run(
         &mut self,
         ops: &[Op],
-        decisions: &mut impl Iterator<Item = bool>,
+        decided: Decision,
+        decisions: &mut impl Iterator<Item = Decision>,
         top: bool,
     ) -> Result<Vec<OpReply>, Rejection> {
         let alone = top && ops.len() == 1;
         let mut results = Vec::with_capacity(ops.len());
+        self.failed = decided.failed;
         for op in ops {
             results.push(match op {
                 Op::Txn(sub) => {
-                    let succeeded = decisions.next().unwrap_or(false);
+                    let decided = decisions.next().unwrap_or_default();
+                    let succeeded = decided.succeeded;
                     let ops = if succeeded { &sub.then } else { &sub.otherwise };
-                    OpReply::Txn(TxnReply { succeeded, results: self.run(ops, decisions, false)? })
+                    OpReply::Txn(TxnReply { succeeded, results: self.run(ops, decided, decisions, false)? })
                 }
                 op => self.op(op, alone)?,
             });

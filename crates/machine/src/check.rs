@@ -32,7 +32,8 @@ fn check_lists(compares: &[Compare], then: &[Op], otherwise: &[Op], ops: u64, ma
     if ops > max {
         return Err(Rejection::TooManyOps { ops, max });
     }
-    compares.iter().try_for_each(|c| check_key(&c.span.start))?;
+    let mut of_keys = compares.iter().filter(|c| !matches!(c.target, CompareTarget::Condition(_)));
+    of_keys.try_for_each(|c| check_key(&c.span.start))?;
     then.iter().chain(otherwise).try_for_each(|op| check_op(op, max - ops))
 }
 

@@ -239,6 +239,16 @@ impl Coded for crate::command::RequestId {
     }
 }
 
+impl Coded for crate::record::Record {
+    fn write(&self, b: &mut Vec<u8>) {
+        crate::codec::write_record(b, self);
+    }
+
+    fn read(r: &mut Reader<'_>, _: &'static str) -> Result<Self, DecodeError> {
+        crate::codec::read_record(r)
+    }
+}
+
 impl Coded for crate::command::Ticket {
     fn write(&self, b: &mut Vec<u8>) {
         self.member.write(b);

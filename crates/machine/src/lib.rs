@@ -51,7 +51,7 @@ mod waits;
 pub use apply::{BEHAVIOUR, Fault, Machine, Position};
 pub use codec::{DecodeError, MAX_DEPTH};
 pub use command::*;
-pub use conditions::Condition;
+pub use conditions::{Condition, ConditionOp, ConditionReply, Failed, HeldLock};
 pub use configs::{Config, ConfigOp, ConfigReply};
 pub use counters::{
     BLOCK_MAX, Counter, CounterAdd, CounterDelete, CounterExpect, CounterOp, CounterReply, CounterSet, Numbers,
@@ -63,7 +63,11 @@ pub use keys::ChangeSlice;
 pub use lock_events::LockEvents;
 pub use lock_ops::{LockOp, LockReply};
 pub use locks::{LockInfo, WaiterInfo};
-pub use markers::{Marker, MarkerOp, MarkerReply};
+pub use markers::{
+    AlreadyDone, MARKER_FIELDS_MAX, MARKER_LEASE_MS, MARKER_NAME_MAX, MARKER_RESULT_MAX, MARKER_RETENTION_MIN_MS,
+    MARKER_TEXT_MAX, MarkOnce, Marked, Marker, MarkerClaim, MarkerConfirm, MarkerDelete, MarkerEvent, MarkerEventKind,
+    MarkerGrant, MarkerOp, MarkerRelease, MarkerReply, MarkerState, OnDeath, canonical_marker_name, marker_name,
+};
 pub use members::MEMBERS_MAX;
 pub use native::{NativeOp, NativeReply, Refusal, RefusalCode};
 pub use objects::{Object, Stored};

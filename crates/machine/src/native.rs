@@ -5,7 +5,9 @@ use crate::apply::{Commit, Machine};
 use crate::coded::{coded_enum, coded_struct};
 use crate::reply::{OpReply, Rejection};
 use crate::waits::Waiter;
-use crate::{configs, counters, elections, idempotency, lock_ops, markers, queues, registry, reservations, schedules};
+use crate::{
+    conditions, configs, counters, elections, idempotency, lock_ops, markers, queues, registry, reservations, schedules,
+};
 
 /// The behaviour version from which they exist.
 pub(crate) const PRIMITIVES: u16 = 3;
@@ -67,6 +69,7 @@ primitives! {
     Marker = 8, markers::(MarkerOp, MarkerReply), marker_op;
     Election = 9, elections::(ElectionOp, ElectionReply), election_op;
     Lock = 10, lock_ops::(LockOp, LockReply), lock_op;
+    Condition = 11, conditions::(ConditionOp, ConditionReply), condition_op;
 }
 
 coded_enum! {

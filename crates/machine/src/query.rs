@@ -4,7 +4,7 @@
 //! however full the memory is.
 //! Not promised. That the state is the newest: whoever wants a linearizable read has done its read index before.
 
-use crate::apply::{CHECKSUMS, Machine, Position};
+use crate::apply::{CHECKSUMS, Decision, Machine, Position};
 use crate::check;
 use crate::codec::MAX_DEPTH;
 use crate::command::*;
@@ -148,13 +148,14 @@ impl Machine {
         }
         self.check_txn(txn)?;
         let mut decisions = Vec::new();
-        let succeeded = self.decide(txn.namespace, &txn.compares, &txn.then, &txn.otherwise, &mut decisions);
+        let Decision { succeeded, .. } =
+            self.decide(txn.namespace, &txn.compares, &txn.then, &txn.otherwise, &mut decisions);
         let ops = if succeeded { &txn.then } else { &txn.otherwise };
         let results = self.read_ops(ops, &mut decisions.into_iter())?;
         Ok(TxnReply { succeeded, results })
     }
 
-    fn read_ops(&self, ops: &[Op], decisions: &mut impl Iterator<Item = bool>) -> Result<Vec<OpReply>, Rejection> {
+    fn read_ops(&self, ops: &[Op], decisions: &mut impl Iterator<Item = Decision>) -> Result<Vec<OpReply>, Rejection> {
         let mut results = Vec::with_capacity(ops.len());
         for op in ops {
             match op {
@@ -162,7 +163,7 @@ impl Machine {
                     results.push(OpReply::Range(self.range_within(range, self.revision, self.revision)?))
                 }
                 Op::Txn(sub) => {
-                    let succeeded = decisions.next().unwrap_or(false);
+                    let Decision { succeeded, .. } = decisions.next().unwrap_or_default();
                     let ops = if succeeded { &sub.then } else { &sub.otherwise };
                     let results_within = self.read_ops(ops, decisions)?;
                     results.push(OpReply::Txn(TxnReply { succeeded, results: results_within }));

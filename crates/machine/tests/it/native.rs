@@ -10,13 +10,16 @@ mod queues;
 mod registry;
 mod reservations;
 mod schedules;
+mod txns;
 
 use tenure_machine::{Machine, NamespaceId, Op};
+
+pub(crate) use txns::condition;
 
 /// An operation as its line says it: a verb, plain words, and options `name=value`.
 pub(crate) struct Said<'a> {
     pub(crate) verb: &'a str,
-    words: &'a [&'a str],
+    pub(crate) words: &'a [&'a str],
 }
 
 impl<'a> Said<'a> {
@@ -63,6 +66,7 @@ pub(crate) fn op(said: &Said<'_>) -> Option<Op> {
         .or_else(|| registry::op(said))
         .or_else(|| reservations::op(said))
         .or_else(|| schedules::op(said))
+        .or_else(|| txns::op(said))
 }
 
 pub(crate) fn show(machine: &Machine, namespace: NamespaceId, what: &str, rest: &[&str]) -> Option<String> {

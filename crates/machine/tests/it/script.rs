@@ -493,8 +493,12 @@ pub(crate) fn millis(text: &str) -> u64 {
     }
 }
 
-/// `version:a=1`, `create:a..b>3`, `mod:a!=2`, `value:a=x`, `lease:a=7`.
+/// `version:a=1`, `create:a..b>3`, `mod:a!=2`, `value:a=x`, `lease:a=7`; conditions as `native/txns.rs` has them.
 fn compare(word: &str) -> Compare {
+    if let Some((relation, condition)) = native::condition(word) {
+        let span = Span::one(Key::from_bytes(b""));
+        return Compare { span, relation, target: CompareTarget::Condition(Box::new(condition)) };
+    }
     let (target, rest) = word.split_once(':').unwrap();
     let at = rest.find(['=', '!', '<', '>']).unwrap();
     let (keys, rest) = rest.split_at(at);

@@ -1,0 +1,33 @@
+//! Transactions over the primitives in scripts: conditions and requirements.
+
+use super::Said;
+use tenure_machine::{Condition, ConditionOp, HeldLock, Op, Relation, Revision, SessionId};
+
+/// `explain` stands first in a second list; `require CONDITION` refuses.
+pub(super) fn op(said: &Said<'_>) -> Option<Op> {
+    match said.verb {
+        "explain" => Some(ConditionOp::Explain.into()),
+        "require" => condition(said.words[0]).map(|(_, condition)| ConditionOp::Require(condition).into()),
+        _ => None,
+    }
+}
+
+/// `alive:7`, `held:jobs/12`, `absent:type=welcome,user=42`; with `not-` in front it must not be so.
+pub(crate) fn condition(word: &str) -> Option<(Relation, Condition)> {
+    let (relation, word) = match word.strip_prefix("not-") {
+        Some(word) => (Relation::NotEqual, word),
+        None => (Relation::Equal, word),
+    };
+    let (kind, rest) = word.split_once(':')?;
+    let condition = match kind {
+        "alive" => Condition::SessionAlive(SessionId(rest.parse().unwrap())),
+        "held" => {
+            let (name, token) = rest.split_once('/').unwrap();
+            let token = Revision(token.parse().unwrap());
+            Condition::LockHeld(HeldLock { name: name.as_bytes().into(), token })
+        }
+        "absent" => Condition::MarkerAbsent(rest.into()),
+        _ => return None,
+    };
+    Some((relation, condition))
+}
