@@ -74,7 +74,11 @@ pub use objects::{Object, Stored};
 pub use query::{Counts, Memory, MemoryLimits, Overload};
 pub use queues::{Job, Queue, QueueOp, QueueReply};
 pub use record::{Meta, Record};
-pub use registry::{Instance, RegistryOp, RegistryReply};
+pub use registry::{
+    ActiveCheck, Check, Drain, Health, HealthCounts, Heartbeat, Instance, InstanceRef, InstanceSpec, Probe, Probed,
+    ProbedInstance, Pulse, Register, Registration, RegistryChange, RegistryChanged, RegistryOp, RegistryReply, Service,
+    ServiceGuard, ServiceInfo,
+};
 pub use reply::*;
 pub use reservations::{Hold, Pool, ReservationOp, ReservationReply};
 pub use schedules::{Schedule, ScheduleOp, ScheduleReply};

@@ -23,7 +23,7 @@ use crate::idempotency::Attempt;
 use crate::lock_events::LockEvents;
 use crate::markers::Marker;
 use crate::queues::{Job, Queue};
-use crate::registry::Instance;
+use crate::registry::{Instance, Pulse, Service};
 use crate::reservations::{Hold, Pool};
 use crate::schedules::Schedule;
 
@@ -244,6 +244,8 @@ kinds! {
     Election = b'e', 11;
     LockEvents = b'v', 12;
     Sequence = b'n', 13;
+    Service = b'g', 14;
+    Pulse = b'b', 15;
 }
 
 /// Bytes of a name.
@@ -375,12 +377,12 @@ impl Objects {
     }
 
     /// Objects of one kind whose names begin with `prefix`, after the name `after`, in the order of names.
-    pub(crate) fn list<'a, T: Stored + 'a>(
+    pub(crate) fn list<'a, 'p, T: Stored + 'a>(
         &'a self,
         namespace: NamespaceId,
-        prefix: &'a [u8],
+        prefix: &'p [u8],
         after: Option<&[u8]>,
-    ) -> impl Iterator<Item = (&'a ObjectKey, &'a T)> {
+    ) -> impl Iterator<Item = (&'a ObjectKey, &'a T)> + use<'a, 'p, T> {
         let from = match after {
             Some(after) if after >= prefix => Bound::Excluded(ObjectKey::of::<T>(namespace, after)),
             _ => Bound::Included(ObjectKey::of::<T>(namespace, prefix)),
