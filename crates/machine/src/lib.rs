@@ -58,7 +58,11 @@ pub use counters::{
     SEQUENCE_MAX, Sequence, SequenceNext,
 };
 pub use elections::{Election, ElectionOp, ElectionReply};
-pub use idempotency::{Attempt, IdempotencyOp, IdempotencyReply};
+pub use idempotency::{
+    BadField, Begin, Checkpoint, Complete, Decision, DoneRecord, Fail, Fingerprint, Granted, Heartbeat, IdempotencyOp,
+    IdempotencyRecord, IdempotencyReply, IdempotencyState, InFlight, NotRetained, OpenRecord, PackedResult, Phase,
+    Reconcile, RecordName, RecordState, Replay, ResultBody, SetCheckpoint, StoredResult, bounds as idempotency_bounds,
+};
 pub use keys::ChangeSlice;
 pub use lock_events::LockEvents;
 pub use lock_ops::{LockOp, LockReply};

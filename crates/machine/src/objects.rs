@@ -19,7 +19,7 @@ use std::sync::Arc;
 use crate::configs::Config;
 use crate::counters::{Counter, Sequence};
 use crate::elections::Election;
-use crate::idempotency::Attempt;
+use crate::idempotency::IdempotencyRecord;
 use crate::lock_events::LockEvents;
 use crate::markers::Marker;
 use crate::queues::{Job, Queue};
@@ -236,7 +236,7 @@ kinds! {
     Hold = b'h', 3;
     Config = b'f', 4;
     Instance = b'r', 5;
-    Attempt = b'i', 6;
+    IdempotencyRecord = b'i', 6;
     Queue = b'q', 7;
     Job = b'j', 8;
     Schedule = b't', 9;
@@ -313,7 +313,8 @@ impl Objects {
         if let Some(new) = &object {
             self.bytes += bytes(key, new);
             if let Some(deadline) = new.deadline() {
-                self.deadlines.insert((deadline, key.clone()));
+                // The key of the table, so that its bytes are there once.
+                self.deadlines.insert((deadline, self.table.key(key).unwrap_or(key).clone()));
             }
         }
         let new = object.clone();

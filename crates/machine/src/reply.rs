@@ -56,6 +56,14 @@ pub enum OpReply {
     ResultNotRetained,
 }
 
+impl OpReply {
+    /// It changed nothing, and whoever asks again is told the same as long as the state has it.
+    pub(crate) fn repeats_state(&self) -> bool {
+        use crate::{IdempotencyReply, NativeReply};
+        matches!(self, Self::Native(reply) if matches!(**reply, NativeReply::Idempotency(IdempotencyReply::Replay(_))))
+    }
+}
+
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RangeReply {
     /// Whole records; a caller that asked for keys only does not show their values.

@@ -4,7 +4,8 @@
 //! the life of the session under which the id was made; another request under that id is refused. Q2: nothing is forgotten
 //! early: where the table is full, new ids are refused before they run. Q3: an acknowledged or ended id is never run a second
 //! time under its session.
-//! Not promised. Large bodies: above `BODY_BYTES_MAX` the outcome is kept and the body is not. And nothing survives a session: who
+//! Not promised. Large bodies: above `BODY_BYTES_MAX` the outcome is kept and the body is not (and an answer that only repeats the state, as the
+//! replay of an idempotency record does, is not kept at all: the retry reads the state again). And nothing survives a session: who
 //! makes one anew under an id that was used before starts its numbers anew too (ids are random unless the caller chose one).
 //! Relies on. Log time never goes back. `apply.rs` tells of every ended session.
 
@@ -216,9 +217,10 @@ impl Requests {
         reply: &Reply,
         now: LogTime,
     ) {
+        let Some(reply) = retained(reply) else { return self.forget(principal, request) };
         let order = self.next_order;
         self.next_order += 1;
-        let remembered = Remembered { digest, state: State::Answered { at: now, order, reply: retained(reply) } };
+        let remembered = Remembered { digest, state: State::Answered { at: now, order, reply } };
         match request {
             RequestId::Uuid(uuid) => {
                 let id: OneShot = (principal.into(), *uuid);
@@ -226,6 +228,18 @@ impl Requests {
                 self.set_one_shot(id, Some(remembered));
             }
             RequestId::Session { session, seq, .. } => drop(self.set_numbered((*session, *seq), Some(remembered))),
+        }
+    }
+
+    /// A retry of it will run anew.
+    fn forget(&mut self, principal: &str, request: &RequestId) {
+        match request {
+            RequestId::Uuid(uuid) => drop(self.set_one_shot((principal.into(), *uuid), None)),
+            RequestId::Session { session, seq, .. } => {
+                if self.numbered.get(&(*session, *seq)).is_some() {
+                    self.set_numbered((*session, *seq), None);
+                }
+            }
         }
     }
 
@@ -332,18 +346,24 @@ impl Remembered {
     }
 }
 
-/// The bytes of an answer that are kept: all, or just its outcome.
-fn retained(reply: &Reply) -> Box<[u8]> {
+/// The bytes of an answer that are kept: all, or just its outcome. `None`: it is too large and only said what the state has, so a retry that runs
+/// anew is told the same.
+fn retained(reply: &Reply) -> Option<Box<[u8]>> {
     let mut bytes = Vec::new();
     reply.encode(&mut bytes);
     if bytes.len() > BODY_BYTES_MAX
         && let Ok(whole) = &reply.result
     {
+        if let [only] = &whole.results[..]
+            && only.repeats_state()
+        {
+            return None;
+        }
         let outcome = TxnReply { succeeded: whole.succeeded, results: vec![OpReply::ResultNotRetained] };
         bytes.clear();
         Reply { result: Ok(outcome), revision: reply.revision, replayed: reply.replayed }.encode(&mut bytes);
     }
-    bytes.into()
+    Some(bytes.into())
 }
 
 /// Appends what is known of a request as snapshots store it.

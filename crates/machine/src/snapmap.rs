@@ -36,6 +36,11 @@ impl<K: Ord + Clone, V: Clone> SnapMap<K, V> {
         self.map.get(key)
     }
 
+    /// The key as it is held here.
+    pub(crate) fn key(&self, key: &K) -> Option<&K> {
+        self.map.get_key_value(key).map(|(held, _)| held)
+    }
+
     /// The value to be changed; counts as a change.
     pub(crate) fn get_mut(&mut self, key: &K) -> Option<&mut V> {
         self.keep_aside(key);

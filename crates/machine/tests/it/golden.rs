@@ -287,7 +287,7 @@ fn with_members() -> Machine {
     machine
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
@@ -322,11 +322,11 @@ fn golden_bytes() {
     let blocks = snapshot(&mut machine, 1 << 20);
     let members = blocks.iter().find(|block| block[1] == 12).unwrap();
     lines.push(("snapshot block of members".into(), hex(members)));
-    compare_with_file(&lines);
+    compare_with_file("golden.txt", &lines);
 }
 
-fn compare_with_file(lines: &[(String, String)]) {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden.txt");
+pub(crate) fn compare_with_file(name: &str, lines: &[(String, String)]) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it").join(name);
     let mut text = std::fs::read_to_string(&file).unwrap_or_default();
     let known: BTreeMap<String, String> =
         text.lines().filter_map(|l| l.split_once(": ")).map(|(a, b)| (a.to_string(), b.to_string())).collect();
