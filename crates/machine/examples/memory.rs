@@ -88,9 +88,10 @@ pub use configs::{Config, ConfigOp, ConfigReply};
 pub use counters::{Counter, CounterOp, CounterReply};
 pub use elections::{Election, ElectionOp, ElectionReply};
 pub use idempotency::{
-    BadField, Begin, Checkpoint, Complete, Decision, DoneRecord, Fail, Fingerprint, Granted, Heartbeat, IdempotencyOp,
-    IdempotencyRecord, IdempotencyReply, IdempotencyState, InFlight, NotRetained, OpenRecord, PackedResult, Phase,
-    Reconcile, RecordName, RecordState, Replay, ResultBody, SetCheckpoint, StoredResult, bounds as idempotency_bounds,
+    AttemptBegin, AttemptCheckpoint, AttemptComplete, AttemptDecision, AttemptFail, AttemptGranted, AttemptHeartbeat,
+    AttemptInFlight, AttemptPhase, AttemptPoint, AttemptReconcile, AttemptReplay, BadField, DoneRecord, Fingerprint,
+    IdempotencyOp, IdempotencyRecord, IdempotencyReply, IdempotencyState, NotRetained, OpenRecord, PackedResult,
+    RecordName, RecordState, ResultBody, StoredResult, bounds as idempotency_bounds,
 };
 pub use keys::ChangeSlice;
 pub use lock_events::LockEvents;

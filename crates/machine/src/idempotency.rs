@@ -126,7 +126,7 @@ impl Coded for PackedResult {
 
 coded_struct! {
     /// A point from which the next attempt can go on.
-    pub struct Checkpoint as "a checkpoint" {
+    pub struct AttemptPoint as "a checkpoint" {
         pub name: Box<str>,
         pub data: Arc<[u8]>,
     }
@@ -158,7 +158,7 @@ coded_enum! {
 coded_struct! {
     /// Without a result.
     pub struct OpenRecord as "an open record" {
-        pub phase: Phase,
+        pub phase: AttemptPhase,
         /// When this attempt began.
         pub began: LogTime,
         pub lease_ms: u64,
@@ -167,13 +167,13 @@ coded_struct! {
         /// Whether another attempt may follow once the lease is over.
         pub takeover: bool,
         /// Oldest first; a name stands once.
-        pub checkpoints: Vec<Checkpoint>,
+        pub checkpoints: Vec<AttemptPoint>,
     }
 }
 
 coded_enum! {
     #[derive(Copy, Eq)]
-    pub enum Phase as "a phase" {
+    pub enum AttemptPhase as "a phase" {
         Running = 1,
         /// The lease is over; whoever begins takes over.
         Abandoned = 2,
@@ -231,18 +231,18 @@ impl IdempotencyRecord {
             RecordState::Done(done) if done.failed => Some(IdempotencyState::Failed),
             RecordState::Done(_) => Some(IdempotencyState::Completed),
             RecordState::Open(open) => match open.phase {
-                Phase::Running if is_over && open.takeover => Some(IdempotencyState::Abandoned),
-                Phase::Running if is_over => Some(IdempotencyState::NeedsReconcile),
-                Phase::Running => Some(IdempotencyState::Running),
-                Phase::NeedsReconcile => Some(IdempotencyState::NeedsReconcile),
-                Phase::Abandoned | Phase::Released if is_over => None,
-                Phase::Abandoned => Some(IdempotencyState::Abandoned),
-                Phase::Released => Some(IdempotencyState::Released),
+                AttemptPhase::Running if is_over && open.takeover => Some(IdempotencyState::Abandoned),
+                AttemptPhase::Running if is_over => Some(IdempotencyState::NeedsReconcile),
+                AttemptPhase::Running => Some(IdempotencyState::Running),
+                AttemptPhase::NeedsReconcile => Some(IdempotencyState::NeedsReconcile),
+                AttemptPhase::Abandoned | AttemptPhase::Released if is_over => None,
+                AttemptPhase::Abandoned => Some(IdempotencyState::Abandoned),
+                AttemptPhase::Released => Some(IdempotencyState::Released),
             },
         }
     }
 
-    pub fn checkpoints(&self) -> &[Checkpoint] {
+    pub fn checkpoints(&self) -> &[AttemptPoint] {
         match &self.state {
             RecordState::Open(open) => &open.checkpoints,
             RecordState::Done(_) => &[],
@@ -254,7 +254,7 @@ impl IdempotencyRecord {
         self.deadline().map_or(0, |deadline| deadline.0.saturating_sub(now.0))
     }
 
-    fn phase(&self) -> Option<Phase> {
+    fn phase(&self) -> Option<AttemptPhase> {
         match &self.state {
             RecordState::Open(open) => Some(open.phase),
             RecordState::Done(_) => None,
@@ -268,7 +268,7 @@ impl IdempotencyRecord {
         (same_algorithm.digest != stored.digest).then_some(stored)
     }
 
-    fn in_flight(&self, now: LogTime) -> InFlight {
+    fn in_flight(&self, now: LogTime) -> AttemptInFlight {
         let (began, left) = match &self.state {
             RecordState::Open(open) => (open.began, open.until.0.saturating_sub(now.0)),
             RecordState::Done(done) => (done.at, 0),
@@ -276,7 +276,7 @@ impl IdempotencyRecord {
         let running_ms = now.0.saturating_sub(began.0);
         // As long again as it has run, but not past the end of the lease.
         let retry_after_ms = running_ms.clamp(RETRY_MS.0, RETRY_MS.1).min(left.max(RETRY_MS.0));
-        InFlight { attempt: self.attempt, number: self.number, running_ms, lease_left_ms: left, retry_after_ms }
+        AttemptInFlight { attempt: self.attempt, number: self.number, running_ms, lease_left_ms: left, retry_after_ms }
     }
 }
 
@@ -304,7 +304,7 @@ impl Lived for IdempotencyRecord {
 
     fn deadline(&self) -> Option<LogTime> {
         match &self.state {
-            RecordState::Open(open) if open.phase == Phase::NeedsReconcile => None,
+            RecordState::Open(open) if open.phase == AttemptPhase::NeedsReconcile => None,
             RecordState::Open(open) => Some(open.until),
             RecordState::Done(done) => Some(done.at.plus(self.retention_ms)),
         }
@@ -330,7 +330,7 @@ impl Lived for IdempotencyRecord {
 
     fn due(commit: &mut Commit<'_>, key: &ObjectKey) {
         // A commit of its own gives no token twice, so nothing here can be refused.
-        if commit.lapse(key).is_err() {
+        if commit.lapse_attempt(key).is_err() {
             commit.remove_object(key);
         }
     }
@@ -374,7 +374,7 @@ impl RecordName {
 }
 
 coded_struct! {
-    pub struct Begin as "a begin" {
+    pub struct AttemptBegin as "a begin" {
         pub name: RecordName,
         /// The first one is kept; the others say the same by other algorithms.
         pub fingerprints: Vec<Fingerprint>,
@@ -388,7 +388,7 @@ coded_struct! {
 }
 
 coded_struct! {
-    pub struct Heartbeat as "a heartbeat" {
+    pub struct AttemptHeartbeat as "a heartbeat" {
         pub name: RecordName,
         pub attempt: Revision,
         /// Zero: as before.
@@ -398,15 +398,15 @@ coded_struct! {
 }
 
 coded_struct! {
-    pub struct SetCheckpoint as "a checkpoint to keep" {
+    pub struct AttemptCheckpoint as "a checkpoint to keep" {
         pub name: RecordName,
         pub attempt: Revision,
-        pub checkpoint: Checkpoint,
+        pub checkpoint: AttemptPoint,
     }
 }
 
 coded_struct! {
-    pub struct Complete as "a completion" {
+    pub struct AttemptComplete as "a completion" {
         pub name: RecordName,
         pub attempt: Revision,
         pub result: PackedResult,
@@ -414,7 +414,7 @@ coded_struct! {
 }
 
 coded_struct! {
-    pub struct Fail as "a failure" {
+    pub struct AttemptFail as "a failure" {
         pub name: RecordName,
         pub attempt: Revision,
         /// For good, with this to replay; `None`: it may be tried again.
@@ -423,16 +423,16 @@ coded_struct! {
 }
 
 coded_struct! {
-    pub struct Reconcile as "a decision on an attempt" {
+    pub struct AttemptReconcile as "a decision on an attempt" {
         pub name: RecordName,
         /// The attempt that was looked at; zero: whichever is the newest.
         pub attempt: Revision,
-        pub decision: Decision,
+        pub decision: AttemptDecision,
     }
 }
 
 coded_enum! {
-    pub enum Decision as "a decision" {
+    pub enum AttemptDecision as "a decision" {
         /// It did happen, with this result.
         Complete(PackedResult) = 1,
         /// It may be tried again, from its checkpoints.
@@ -445,21 +445,21 @@ coded_enum! {
 coded_enum! {
     /// What can be done with records.
     pub enum IdempotencyOp as "an operation on an idempotency record" {
-        Begin(Begin) = 1,
-        Heartbeat(Heartbeat) = 2,
-        Checkpoint(SetCheckpoint) = 3,
-        Complete(Complete) = 4,
-        Fail(Fail) = 5,
-        Reconcile(Reconcile) = 6,
+        Begin(AttemptBegin) = 1,
+        Heartbeat(AttemptHeartbeat) = 2,
+        Checkpoint(AttemptCheckpoint) = 3,
+        Complete(AttemptComplete) = 4,
+        Fail(AttemptFail) = 5,
+        Reconcile(AttemptReconcile) = 6,
     }
 }
 
 coded_enum! {
     /// What it answers.
     pub enum IdempotencyReply as "an answer about an idempotency record" {
-        Granted(Granted) = 1,
-        InFlight(InFlight) = 2,
-        Replay(Replay) = 3,
+        Granted(AttemptGranted) = 1,
+        InFlight(AttemptInFlight) = 2,
+        Replay(AttemptReplay) = 3,
         /// The lease goes on for so many milliseconds.
         Beating(u64) = 4,
         /// So many checkpoints are kept.
@@ -475,12 +475,12 @@ coded_enum! {
 
 coded_struct! {
     /// The asker runs it.
-    pub struct Granted as "a granted attempt" {
+    pub struct AttemptGranted as "a granted attempt" {
         pub attempt: Revision,
         pub number: u32,
         pub lease_ms: u64,
         /// What earlier attempts left, if it is little.
-        pub checkpoints: Vec<Checkpoint>,
+        pub checkpoints: Vec<AttemptPoint>,
         /// It is more than that: the record must be read.
         pub more: bool,
     }
@@ -489,7 +489,7 @@ coded_struct! {
 coded_struct! {
     /// Another one runs it.
     #[derive(Eq)]
-    pub struct InFlight as "an attempt in flight" {
+    pub struct AttemptInFlight as "an attempt in flight" {
         pub attempt: Revision,
         pub number: u32,
         pub running_ms: u64,
@@ -500,7 +500,7 @@ coded_struct! {
 
 coded_struct! {
     /// It has run.
-    pub struct Replay as "a replay" {
+    pub struct AttemptReplay as "a replay" {
         /// The attempt that finished it.
         pub attempt: Revision,
         pub number: u32,
@@ -547,8 +547,8 @@ impl IdempotencyOp {
             Self::Complete(it) => it.result.check(),
             Self::Fail(it) => it.last.as_ref().map_or(Ok(()), PackedResult::check),
             Self::Reconcile(it) => match &it.decision {
-                Decision::Complete(result) => result.check(),
-                Decision::Release | Decision::Discard => Ok(()),
+                AttemptDecision::Complete(result) => result.check(),
+                AttemptDecision::Release | AttemptDecision::Discard => Ok(()),
             },
         }
     }
@@ -576,7 +576,7 @@ impl IdempotencyOp {
     }
 }
 
-impl Begin {
+impl AttemptBegin {
     fn check(&self) -> Result<(), BadField> {
         check_lease(self.lease_ms)?;
         if !bounds::RETENTION_MS.contains(&self.retention_ms) {
@@ -614,7 +614,7 @@ impl Fingerprint {
     }
 }
 
-impl Checkpoint {
+impl AttemptPoint {
     fn check(&self) -> Result<(), BadField> {
         if self.name.is_empty() || self.name.len() > bounds::CHECKPOINT_NAME_BYTES {
             return Err(BadField("checkpoint", "a checkpoint has a name of 1 to 255 bytes"));
@@ -650,22 +650,22 @@ impl Commit<'_> {
     pub(crate) fn idempotency_op(&mut self, op: &IdempotencyOp) -> Result<OpReply, Rejection> {
         op.check().map_err(|BadField(field, why)| invalid(format!("{field}: {why}")))?;
         let key = self.object_key::<IdempotencyRecord>(&op.name().object_name());
-        self.lapse_if_due(&key)?;
+        self.lapse_attempt_if_due(&key)?;
         let reply = match op {
-            IdempotencyOp::Begin(begin) => return self.begin(&key, begin),
-            IdempotencyOp::Heartbeat(it) => self.heartbeat(&key, it)?,
+            IdempotencyOp::Begin(begin) => return self.begin_attempt(&key, begin),
+            IdempotencyOp::Heartbeat(it) => self.beat_attempt(&key, it)?,
             IdempotencyOp::Checkpoint(it) => self.keep_checkpoint(&key, it)?,
             IdempotencyOp::Complete(it) => self.finish_attempt(&key, &it.name, it.attempt, false, &it.result)?,
-            IdempotencyOp::Fail(Fail { name, attempt, last: Some(result) }) => {
+            IdempotencyOp::Fail(AttemptFail { name, attempt, last: Some(result) }) => {
                 self.finish_attempt(&key, name, *attempt, true, result)?
             }
-            IdempotencyOp::Fail(it) => self.give_up(&key, it)?,
-            IdempotencyOp::Reconcile(it) => self.reconcile(&key, it)?,
+            IdempotencyOp::Fail(it) => self.give_up_attempt(&key, it)?,
+            IdempotencyOp::Reconcile(it) => self.reconcile_attempt(&key, it)?,
         };
         Ok(reply.into())
     }
 
-    fn begin(&mut self, key: &ObjectKey, begin: &Begin) -> Result<OpReply, Rejection> {
+    fn begin_attempt(&mut self, key: &ObjectKey, begin: &AttemptBegin) -> Result<OpReply, Rejection> {
         let now = self.m.stamp;
         let Some(record) = self.object::<IdempotencyRecord>(key) else {
             return Ok(IdempotencyReply::Granted(self.grant_attempt(key, begin)?).into());
@@ -675,16 +675,16 @@ impl Commit<'_> {
         }
         match (&record.state, record.phase()) {
             (RecordState::Done(done), _) => replay(&begin.name, record, done, now),
-            (_, Some(Phase::Running)) => self.wait_for_attempt(key, begin),
-            (_, Some(Phase::Released)) => Ok(IdempotencyReply::Granted(self.grant_attempt(key, begin)?).into()),
-            (_, Some(Phase::Abandoned)) if begin.takeover => {
+            (_, Some(AttemptPhase::Running)) => self.wait_for_attempt(key, begin),
+            (_, Some(AttemptPhase::Released)) => Ok(IdempotencyReply::Granted(self.grant_attempt(key, begin)?).into()),
+            (_, Some(AttemptPhase::Abandoned)) if begin.takeover => {
                 Ok(IdempotencyReply::Granted(self.grant_attempt(key, begin)?).into())
             }
             _ => Err(needs_reconcile(&begin.name, record, now)),
         }
     }
 
-    fn wait_for_attempt(&mut self, key: &ObjectKey, begin: &Begin) -> Result<OpReply, Rejection> {
+    fn wait_for_attempt(&mut self, key: &ObjectKey, begin: &AttemptBegin) -> Result<OpReply, Rejection> {
         if begin.wait_ms == 0 {
             let now = self.m.stamp;
             let in_flight = self.object::<IdempotencyRecord>(key).map(|record| record.in_flight(now));
@@ -709,7 +709,7 @@ impl Commit<'_> {
     }
 
     /// Starts the next attempt: the first, or one after another that is over.
-    fn grant_attempt(&mut self, key: &ObjectKey, begin: &Begin) -> Result<Granted, Rejection> {
+    fn grant_attempt(&mut self, key: &ObjectKey, begin: &AttemptBegin) -> Result<AttemptGranted, Rejection> {
         let attempt = self.number_once(key)?;
         let now = self.m.stamp;
         let before = self.object::<IdempotencyRecord>(key);
@@ -724,7 +724,7 @@ impl Commit<'_> {
             retention_ms: begin.retention_ms,
             fingerprint,
             state: RecordState::Open(Box::new(OpenRecord {
-                phase: Phase::Running,
+                phase: AttemptPhase::Running,
                 began: now,
                 lease_ms: begin.lease_ms,
                 until: now.plus(begin.lease_ms),
@@ -745,17 +745,19 @@ impl Commit<'_> {
     ) -> Result<(IdempotencyRecord, OpenRecord), Rejection> {
         let record = self.object::<IdempotencyRecord>(key);
         match record.map(|record| (record, &record.state)) {
-            Some((record, RecordState::Open(open))) if record.attempt == attempt && open.phase != Phase::Released => {
+            Some((record, RecordState::Open(open)))
+                if record.attempt == attempt && open.phase != AttemptPhase::Released =>
+            {
                 Ok((record.clone(), (**open).clone()))
             }
             _ => Err(fenced(name, attempt, record, self.m.stamp)),
         }
     }
 
-    fn heartbeat(&mut self, key: &ObjectKey, beat: &Heartbeat) -> Result<IdempotencyReply, Rejection> {
+    fn beat_attempt(&mut self, key: &ObjectKey, beat: &AttemptHeartbeat) -> Result<IdempotencyReply, Rejection> {
         let (record, mut open) = self.attempt_of(key, &beat.name, beat.attempt)?;
         // One whose lease was over runs again: nothing has replaced it, and it has just shown that it is alive.
-        open.phase = Phase::Running;
+        open.phase = AttemptPhase::Running;
         open.lease_ms = if beat.lease_ms == 0 { open.lease_ms } else { beat.lease_ms };
         open.takeover = beat.takeover.unwrap_or(open.takeover);
         open.until = self.m.stamp.plus(open.lease_ms);
@@ -764,7 +766,7 @@ impl Commit<'_> {
         Ok(IdempotencyReply::Beating(lease_ms))
     }
 
-    fn keep_checkpoint(&mut self, key: &ObjectKey, set: &SetCheckpoint) -> Result<IdempotencyReply, Rejection> {
+    fn keep_checkpoint(&mut self, key: &ObjectKey, set: &AttemptCheckpoint) -> Result<IdempotencyReply, Rejection> {
         let (record, mut open) = self.attempt_of(key, &set.name, set.attempt)?;
         open.checkpoints.retain(|kept| kept.name != set.checkpoint.name);
         if open.checkpoints.len() >= bounds::CHECKPOINTS {
@@ -794,10 +796,10 @@ impl Commit<'_> {
             return Ok(IdempotencyReply::Finished(record.left_ms(now)));
         }
         let (record, _) = self.attempt_of(key, name, attempt)?;
-        Ok(self.store_result(key, record, failed, result))
+        Ok(self.store_attempt_result(key, record, failed, result))
     }
 
-    fn store_result(
+    fn store_attempt_result(
         &mut self,
         key: &ObjectKey,
         record: IdempotencyRecord,
@@ -815,26 +817,31 @@ impl Commit<'_> {
         IdempotencyReply::Finished(kept_ms)
     }
 
-    fn give_up(&mut self, key: &ObjectKey, fail: &Fail) -> Result<IdempotencyReply, Rejection> {
+    fn give_up_attempt(&mut self, key: &ObjectKey, fail: &AttemptFail) -> Result<IdempotencyReply, Rejection> {
         if let Some(record) = self.object::<IdempotencyRecord>(key)
-            && (record.attempt, record.phase()) == (fail.attempt, Some(Phase::Released))
+            && (record.attempt, record.phase()) == (fail.attempt, Some(AttemptPhase::Released))
         {
             return Ok(IdempotencyReply::Released);
         }
         let (record, open) = self.attempt_of(key, &fail.name, fail.attempt)?;
-        self.release(key, record, open)?;
+        self.release_attempt(key, record, open)?;
         Ok(IdempotencyReply::Released)
     }
 
     /// Ends an attempt without a result; whoever waits first starts the next one.
-    fn release(&mut self, key: &ObjectKey, record: IdempotencyRecord, mut open: OpenRecord) -> Result<(), Rejection> {
-        open.phase = Phase::Released;
+    fn release_attempt(
+        &mut self,
+        key: &ObjectKey,
+        record: IdempotencyRecord,
+        mut open: OpenRecord,
+    ) -> Result<(), Rejection> {
+        open.phase = AttemptPhase::Released;
         open.until = self.m.stamp.plus(record.retention_ms);
         self.put_object(key, IdempotencyRecord { state: RecordState::Open(Box::new(open)), ..record });
-        self.grant_first(key, |_| true).map(drop)
+        self.grant_first_attempt(key, |_| true).map(drop)
     }
 
-    fn reconcile(&mut self, key: &ObjectKey, it: &Reconcile) -> Result<IdempotencyReply, Rejection> {
+    fn reconcile_attempt(&mut self, key: &ObjectKey, it: &AttemptReconcile) -> Result<IdempotencyReply, Rejection> {
         let now = self.m.stamp;
         let Some(record) = self.object::<IdempotencyRecord>(key).cloned() else {
             let why = format!("there is no record of `{}`", it.name.key);
@@ -844,7 +851,7 @@ impl Commit<'_> {
             return Err(fenced(&it.name, it.attempt, Some(&record), now));
         }
         let open = match &record.state {
-            RecordState::Open(open) if open.phase == Phase::Running => {
+            RecordState::Open(open) if open.phase == AttemptPhase::Running => {
                 let in_flight = record.in_flight(now);
                 let why = format!("attempt {} of `{}` is running", record.number, it.name.key);
                 let refusal = facts(Refusal::new(RefusalCode::InFlight, why), &it.name, &record, now);
@@ -857,12 +864,12 @@ impl Commit<'_> {
             }
         };
         match &it.decision {
-            Decision::Complete(result) => Ok(self.store_result(key, record, false, result)),
-            Decision::Release => {
-                self.release(key, record, open)?;
+            AttemptDecision::Complete(result) => Ok(self.store_attempt_result(key, record, false, result)),
+            AttemptDecision::Release => {
+                self.release_attempt(key, record, open)?;
                 Ok(IdempotencyReply::Released)
             }
-            Decision::Discard => {
+            AttemptDecision::Discard => {
                 self.remove_object(key);
                 Ok(IdempotencyReply::Discarded)
             }
@@ -870,7 +877,7 @@ impl Commit<'_> {
     }
 
     /// Begins that wait for a record, in the order of their arrival.
-    fn waiting_begins(&self, key: &ObjectKey) -> Vec<(WaiterNumber, Begin)> {
+    fn waiting_begins(&self, key: &ObjectKey) -> Vec<(WaiterNumber, AttemptBegin)> {
         let begin = |waiter: &Waiter| match &waiter.ask {
             Ask::Native(op) => match &**op {
                 NativeOp::Idempotency(IdempotencyOp::Begin(begin)) => Some(begin.clone()),
@@ -882,7 +889,7 @@ impl Commit<'_> {
     }
 
     /// Grants the next attempt to the first who waits and may have it. The others wait on.
-    fn grant_first(&mut self, key: &ObjectKey, may: fn(&Begin) -> bool) -> Result<bool, Rejection> {
+    fn grant_first_attempt(&mut self, key: &ObjectKey, may: fn(&AttemptBegin) -> bool) -> Result<bool, Rejection> {
         let Some((number, begin)) = self.waiting_begins(key).into_iter().find(|(_, begin)| may(begin)) else {
             return Ok(false);
         };
@@ -892,27 +899,27 @@ impl Commit<'_> {
     }
 
     /// What is over is over, though the turn of its deadline has not come.
-    fn lapse_if_due(&mut self, key: &ObjectKey) -> Result<(), Rejection> {
+    fn lapse_attempt_if_due(&mut self, key: &ObjectKey) -> Result<(), Rejection> {
         let deadline = self.object::<IdempotencyRecord>(key).and_then(Lived::deadline);
-        if deadline.is_some_and(|deadline| deadline <= self.m.stamp) { self.lapse(key) } else { Ok(()) }
+        if deadline.is_some_and(|deadline| deadline <= self.m.stamp) { self.lapse_attempt(key) } else { Ok(()) }
     }
 
     /// The deadline of a record has come: its lease is over, or it is forgotten.
-    fn lapse(&mut self, key: &ObjectKey) -> Result<(), Rejection> {
+    fn lapse_attempt(&mut self, key: &ObjectKey) -> Result<(), Rejection> {
         let Some(record) = self.object::<IdempotencyRecord>(key).cloned() else { return Ok(()) };
         let mut open = match &record.state {
-            RecordState::Open(open) if open.phase == Phase::Running => (**open).clone(),
+            RecordState::Open(open) if open.phase == AttemptPhase::Running => (**open).clone(),
             _ => {
                 self.remove_object(key);
                 return Ok(());
             }
         };
         // Who waits first may take over, if that is allowed on both sides.
-        if open.takeover && self.grant_first(key, |begin| begin.takeover)? {
+        if open.takeover && self.grant_first_attempt(key, |begin| begin.takeover)? {
             return Ok(());
         }
         let now = self.m.stamp;
-        open.phase = if open.takeover { Phase::Abandoned } else { Phase::NeedsReconcile };
+        open.phase = if open.takeover { AttemptPhase::Abandoned } else { AttemptPhase::NeedsReconcile };
         open.until = now.plus(record.retention_ms);
         let record = IdempotencyRecord { state: RecordState::Open(Box::new(open)), ..record };
         for (number, begin) in self.waiting_begins(key) {
@@ -923,11 +930,11 @@ impl Commit<'_> {
     }
 }
 
-fn granted(attempt: Revision, number: u32, lease_ms: u64, checkpoints: &[Checkpoint]) -> Granted {
+fn granted(attempt: Revision, number: u32, lease_ms: u64, checkpoints: &[AttemptPoint]) -> AttemptGranted {
     let bytes: usize = checkpoints.iter().map(|c| c.name.len() + c.data.len() + 8).sum();
     let more = bytes > GRANTED_CHECKPOINTS_BYTES;
     let checkpoints = if more { Vec::new() } else { checkpoints.to_vec() };
-    Granted { attempt, number, lease_ms, checkpoints, more }
+    AttemptGranted { attempt, number, lease_ms, checkpoints, more }
 }
 
 /// The result again; of one that was too large, what is known of it, as a refusal: nothing may run again for it.
@@ -943,7 +950,7 @@ fn replay(
         let refusal = Refusal::new(RefusalCode::ResultNotRetained, why).fact("status", done.result.unpack().status);
         return Err(facts(refusal, name, record, now).fact("size", body.size).fact("sha256", sha256).into());
     }
-    Ok(IdempotencyReply::Replay(Replay {
+    Ok(IdempotencyReply::Replay(AttemptReplay {
         attempt: record.attempt,
         number: record.number,
         failed: done.failed,
@@ -1003,6 +1010,6 @@ impl Machine {
     /// Whether this is the newest attempt of the record and nothing has ended it.
     pub fn is_attempt_valid(&self, ns: NamespaceId, name: &RecordName, attempt: Revision) -> bool {
         let record = self.idempotency_record(ns, name);
-        record.is_some_and(|r| r.attempt == attempt && !matches!(r.phase(), None | Some(Phase::Released)))
+        record.is_some_and(|r| r.attempt == attempt && !matches!(r.phase(), None | Some(AttemptPhase::Released)))
     }
 }

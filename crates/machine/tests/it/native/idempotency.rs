@@ -13,7 +13,7 @@ pub(super) fn op(said: &Said<'_>) -> Option<Op> {
     let name = || RecordName::new(&long(said.option("scope").unwrap_or_default()), &long(said.plain(0).unwrap()));
     let ms_or = |option: &str, default| if said.option(option).is_some() { said.ms(option) } else { default };
     let op = match said.verb {
-        "idem-begin" => IdempotencyOp::Begin(Begin {
+        "idem-begin" => IdempotencyOp::Begin(AttemptBegin {
             name: name(),
             fingerprints: said.option("print").map(prints).unwrap_or_default(),
             lease_ms: ms_or("ttl", 60_000),
@@ -21,35 +21,37 @@ pub(super) fn op(said: &Said<'_>) -> Option<Op> {
             wait_ms: said.ms("wait"),
             takeover: !said.has("never"),
         }),
-        "idem-beat" => IdempotencyOp::Heartbeat(Heartbeat {
+        "idem-beat" => IdempotencyOp::Heartbeat(AttemptHeartbeat {
             name: name(),
             attempt: attempt(),
             lease_ms: said.ms("ttl"),
             takeover: if said.has("never") { Some(false) } else { said.has("allow").then_some(true) },
         }),
-        "idem-checkpoint" => IdempotencyOp::Checkpoint(SetCheckpoint {
+        "idem-checkpoint" => IdempotencyOp::Checkpoint(AttemptCheckpoint {
             name: name(),
             attempt: attempt(),
-            checkpoint: Checkpoint {
+            checkpoint: AttemptPoint {
                 name: long(said.plain(2).unwrap()).into(),
                 data: bytes(said.option("data").unwrap_or_default()).into(),
             },
         }),
-        "idem-complete" => IdempotencyOp::Complete(Complete {
+        "idem-complete" => IdempotencyOp::Complete(AttemptComplete {
             name: name(),
             attempt: attempt(),
             result: result(said.plain(2).unwrap()),
         }),
-        "idem-fail" => {
-            IdempotencyOp::Fail(Fail { name: name(), attempt: attempt(), last: said.option("final").map(result) })
-        }
-        "idem-reconcile" => IdempotencyOp::Reconcile(Reconcile {
+        "idem-fail" => IdempotencyOp::Fail(AttemptFail {
+            name: name(),
+            attempt: attempt(),
+            last: said.option("final").map(result),
+        }),
+        "idem-reconcile" => IdempotencyOp::Reconcile(AttemptReconcile {
             name: name(),
             attempt: Revision(said.number("attempt")),
             decision: match said.option("complete") {
-                Some(said) => Decision::Complete(result(said)),
-                None if said.has("release") => Decision::Release,
-                None => Decision::Discard,
+                Some(said) => AttemptDecision::Complete(result(said)),
+                None if said.has("release") => AttemptDecision::Release,
+                None => AttemptDecision::Discard,
             },
         }),
         _ => return None,
@@ -144,16 +146,16 @@ fn answer(result: Result<TxnReply, Rejection>) -> IdempotencyReply {
     }
 }
 
-fn begin(key: &str) -> Begin {
+fn begin(key: &str) -> AttemptBegin {
     let name = RecordName::new("shop", key);
-    Begin { name, fingerprints: Vec::new(), lease_ms: 60_000, retention_ms: 60_000, wait_ms: 0, takeover: true }
+    AttemptBegin { name, fingerprints: Vec::new(), lease_ms: 60_000, retention_ms: 60_000, wait_ms: 0, takeover: true }
 }
 
 /// 500 callers begin one key at once: one runs it, the others wait, and all of them have its bytes when it completes.
 #[test]
 fn of_five_hundred_begins_one_is_granted() {
     let mut log = Log::new();
-    let op = |wait_ms| Txn::of(IdempotencyOp::Begin(Begin { wait_ms, ..begin("k") }).into());
+    let op = |wait_ms| Txn::of(IdempotencyOp::Begin(AttemptBegin { wait_ms, ..begin("k") }).into());
     let replies = log.apply((0..500).map(|_| op(0)).collect());
     let granted = |r: &IdempotencyReply| matches!(r, IdempotencyReply::Granted(_));
     let replies: Vec<_> = replies.into_iter().map(answer).collect();
@@ -161,8 +163,8 @@ fn of_five_hundred_begins_one_is_granted() {
     assert_eq!(replies.iter().filter(|r| matches!(r, IdempotencyReply::InFlight(_))).count(), 499);
 
     assert!(log.apply((0..500).map(|_| op(5_000)).collect()).is_empty(), "they wait");
-    let Some(IdempotencyReply::Granted(Granted { attempt, .. })) = replies.into_iter().next() else { panic!() };
-    let complete = Complete { name: begin("k").name, attempt, result: result("201:created") };
+    let Some(IdempotencyReply::Granted(AttemptGranted { attempt, .. })) = replies.into_iter().next() else { panic!() };
+    let complete = AttemptComplete { name: begin("k").name, attempt, result: result("201:created") };
     let replies: Vec<_> =
         log.apply(vec![Txn::of(IdempotencyOp::Complete(complete).into())]).into_iter().map(answer).collect();
     let replayed = |r: &IdempotencyReply| matches!(r, IdempotencyReply::Replay(r) if r.result == result("201:created"));
@@ -177,7 +179,7 @@ fn an_expiry_of_many_is_spread() {
     for n in 0..3_500 {
         let key = format!("order-{n:06}");
         let IdempotencyReply::Granted(granted) = log.one(IdempotencyOp::Begin(begin(&key))) else { panic!() };
-        let complete = Complete { name: begin(&key).name, attempt: granted.attempt, result: result("200:ok") };
+        let complete = AttemptComplete { name: begin(&key).name, attempt: granted.attempt, result: result("200:ok") };
         log.one(IdempotencyOp::Complete(complete));
     }
     let full = log.machine.memory().used;
@@ -205,24 +207,37 @@ fn stored() -> Vec<IdempotencyOp> {
     let (kept, lost) = (packed(ResultBody::Kept(Box::from(*b"ok"))), NotRetained { size: 300_000, sha256: [7; 32] });
     let attempt = Revision(300);
     vec![
-        IdempotencyOp::Begin(Begin {
+        IdempotencyOp::Begin(AttemptBegin {
             fingerprints: vec![Fingerprint { algorithm: "http-1".into(), digest: Box::from([1, 2]) }],
             wait_ms: 7,
             name: name.clone(),
             ..begin("")
         }),
-        IdempotencyOp::Heartbeat(Heartbeat { name: name.clone(), attempt, lease_ms: 5_000, takeover: Some(false) }),
-        IdempotencyOp::Checkpoint(SetCheckpoint {
+        IdempotencyOp::Heartbeat(AttemptHeartbeat {
             name: name.clone(),
             attempt,
-            checkpoint: Checkpoint { name: "sent".into(), data: b"d".to_vec().into() },
+            lease_ms: 5_000,
+            takeover: Some(false),
         }),
-        IdempotencyOp::Complete(Complete { name: name.clone(), attempt, result: kept.clone() }),
-        IdempotencyOp::Fail(Fail { name: name.clone(), attempt, last: Some(packed(ResultBody::NotRetained(lost))) }),
-        IdempotencyOp::Fail(Fail { name: name.clone(), attempt, last: None }),
-        IdempotencyOp::Reconcile(Reconcile { name: name.clone(), attempt, decision: Decision::Complete(kept) }),
-        IdempotencyOp::Reconcile(Reconcile { name: name.clone(), attempt, decision: Decision::Release }),
-        IdempotencyOp::Reconcile(Reconcile { name, attempt, decision: Decision::Discard }),
+        IdempotencyOp::Checkpoint(AttemptCheckpoint {
+            name: name.clone(),
+            attempt,
+            checkpoint: AttemptPoint { name: "sent".into(), data: b"d".to_vec().into() },
+        }),
+        IdempotencyOp::Complete(AttemptComplete { name: name.clone(), attempt, result: kept.clone() }),
+        IdempotencyOp::Fail(AttemptFail {
+            name: name.clone(),
+            attempt,
+            last: Some(packed(ResultBody::NotRetained(lost))),
+        }),
+        IdempotencyOp::Fail(AttemptFail { name: name.clone(), attempt, last: None }),
+        IdempotencyOp::Reconcile(AttemptReconcile {
+            name: name.clone(),
+            attempt,
+            decision: AttemptDecision::Complete(kept),
+        }),
+        IdempotencyOp::Reconcile(AttemptReconcile { name: name.clone(), attempt, decision: AttemptDecision::Release }),
+        IdempotencyOp::Reconcile(AttemptReconcile { name, attempt, decision: AttemptDecision::Discard }),
     ]
 }
 
@@ -254,26 +269,34 @@ fn stored_bytes() {
 fn answers() -> Vec<IdempotencyOp> {
     let other = RecordName::new("alice", "open");
     let at = |op: IdempotencyOp, attempt| match op {
-        IdempotencyOp::Heartbeat(it) => IdempotencyOp::Heartbeat(Heartbeat { attempt, ..it }),
-        IdempotencyOp::Checkpoint(it) => IdempotencyOp::Checkpoint(SetCheckpoint { attempt, ..it }),
-        IdempotencyOp::Complete(it) => IdempotencyOp::Complete(Complete { attempt, ..it }),
+        IdempotencyOp::Heartbeat(it) => IdempotencyOp::Heartbeat(AttemptHeartbeat { attempt, ..it }),
+        IdempotencyOp::Checkpoint(it) => IdempotencyOp::Checkpoint(AttemptCheckpoint { attempt, ..it }),
+        IdempotencyOp::Complete(it) => IdempotencyOp::Complete(AttemptComplete { attempt, ..it }),
         op => op,
     };
     let again = |wait_ms| match stored().remove(0) {
-        IdempotencyOp::Begin(it) => IdempotencyOp::Begin(Begin { wait_ms, ..it }),
+        IdempotencyOp::Begin(it) => IdempotencyOp::Begin(AttemptBegin { wait_ms, ..it }),
         op => op,
     };
     let mut ops: Vec<_> = vec![again(0), again(0)];
     ops.extend(stored().drain(1..4).map(|op| at(op, Revision(2))));
     ops.push(again(0));
-    let open = IdempotencyOp::Begin(Begin { name: other.clone(), ..begin("") });
-    let point = Checkpoint { name: "p".into(), data: b"x".to_vec().into() };
+    let open = IdempotencyOp::Begin(AttemptBegin { name: other.clone(), ..begin("") });
+    let point = AttemptPoint { name: "p".into(), data: b"x".to_vec().into() };
     ops.push(open.clone());
-    ops.push(IdempotencyOp::Checkpoint(SetCheckpoint { name: other.clone(), attempt: Revision(6), checkpoint: point }));
-    ops.push(IdempotencyOp::Fail(Fail { name: other.clone(), attempt: Revision(6), last: None }));
+    ops.push(IdempotencyOp::Checkpoint(AttemptCheckpoint {
+        name: other.clone(),
+        attempt: Revision(6),
+        checkpoint: point,
+    }));
+    ops.push(IdempotencyOp::Fail(AttemptFail { name: other.clone(), attempt: Revision(6), last: None }));
     ops.push(open.clone());
-    ops.push(IdempotencyOp::Fail(Fail { name: other.clone(), attempt: Revision(9), last: None }));
-    ops.push(IdempotencyOp::Reconcile(Reconcile { name: other, attempt: Revision(9), decision: Decision::Discard }));
+    ops.push(IdempotencyOp::Fail(AttemptFail { name: other.clone(), attempt: Revision(9), last: None }));
+    ops.push(IdempotencyOp::Reconcile(AttemptReconcile {
+        name: other,
+        attempt: Revision(9),
+        decision: AttemptDecision::Discard,
+    }));
     ops.push(open);
     ops
 }
