@@ -26,6 +26,7 @@ use crate::snapshot::Running;
 use crate::types::*;
 use crate::waits::{Ask, OwnerKey, Waiter, WaiterNumber, Waits};
 use std::cmp::Ordering;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -260,10 +261,18 @@ impl Machine {
     }
 
     fn end_due_waits(&mut self, out: &mut Applied) {
+        let mut left = BTreeSet::new();
         while let Some(number) = self.waits.due(self.stamp) {
-            let Some(waiter) = self.waits.set(number, None) else { return };
+            let Some(waiter) = self.waits.set(number, None) else { break };
+            left.extend(waiter.on.iter().cloned());
             let result = self.wait_over(&waiter);
             self.answer_waiter(number, waiter, result, out);
+        }
+        let system = Txn::default();
+        for key in left {
+            let mut commit = Commit::new(self, &system, Ticket::default(), out, true);
+            objects::waiter_gone(&mut commit, &key);
+            commit.finish();
         }
     }
 
@@ -938,7 +947,9 @@ impl<'a> Commit<'a> {
     fn end(&mut self, id: SessionId) -> Result<(), Rejection> {
         let Some(session) = self.m.sessions.get(id).cloned() else { return Ok(()) };
         // Its waits go first, so that none of its own locks is granted to it.
+        let mut left = BTreeSet::new();
         for number in self.m.waits.of_session(id) {
+            left.extend(self.m.waits.get(number).into_iter().flat_map(|waiter| waiter.on.iter().cloned()));
             self.end_wait(number, Err(Rejection::SessionExpired { session: id }));
         }
         let keys: Vec<Key> = self.m.sessions.keys(id).cloned().collect();
@@ -953,6 +964,9 @@ impl<'a> Commit<'a> {
         }
         for object in self.m.objects.of_session(id) {
             objects::session_ended(self, &object, id);
+        }
+        for key in left {
+            objects::waiter_gone(self, &key);
         }
         if session.is_native() {
             let index = self.next_index();
@@ -1250,7 +1264,7 @@ fn check_name(name: &[u8]) -> Result<(), Rejection> {
 }
 
 /// What was acknowledged meanwhile is not part of a request's identity.
-fn is_same(a: &RequestId, b: &RequestId) -> bool {
+pub(crate) fn is_same(a: &RequestId, b: &RequestId) -> bool {
     match (a, b) {
         (RequestId::Session { session: a, seq: m, .. }, RequestId::Session { session: b, seq: n, .. }) => {
             a == b && m == n

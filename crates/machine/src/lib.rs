@@ -85,7 +85,10 @@ pub use registry::{
     ServiceGuard, ServiceInfo,
 };
 pub use reply::*;
-pub use reservations::{Hold, Pool, ReservationOp, ReservationReply};
+pub use reservations::{
+    CAPACITY_MAX, HOLD_MS_MAX, HOLD_MS_MIN, HOLD_OWNER_BYTES_MAX, Held, Hold, HoldAfter, HoldRef, HoldState,
+    POOL_NAME_BYTES_MAX, Pool, PoolAmount, PoolCreate, PoolWaiter, ReservationOp, ReservationReply, Reserve,
+};
 pub use schedules::{Schedule, ScheduleOp, ScheduleReply};
 pub use sessions::SessionInfo;
 pub use snapshot::Loader;

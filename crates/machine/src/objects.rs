@@ -131,6 +131,9 @@ pub(crate) trait Lived: Stored + Coded {
     /// A session that it names has ended.
     fn session_ended(_: &mut Commit<'_>, _: &ObjectKey, _: SessionId) {}
 
+    /// Somebody who waited for it has gone unserved, by time or with a session: whoever is next may be served now.
+    fn waiter_gone(_: &mut Commit<'_>, _: &ObjectKey) {}
+
     /// Keeps what follows from the table.
     fn note(_: &mut Indexes, _: &ObjectKey, _old: Option<&Self>, _new: Option<&Self>) {}
 }
@@ -140,7 +143,6 @@ pub(crate) trait Lived: Stored + Coded {
 pub(crate) struct Indexes {
     pub(crate) queues: crate::queues::Index,
     pub(crate) registry: crate::registry::Index,
-    pub(crate) reservations: crate::reservations::Index,
 }
 
 macro_rules! kinds {
@@ -215,6 +217,14 @@ macro_rules! kinds {
         pub(crate) fn due(commit: &mut Commit<'_>, key: &ObjectKey) {
             match key.kind() {
                 $($letter => $kind::due(commit, key),)*
+                _ => {}
+            }
+        }
+
+        /// Tells an object that somebody who waited for it has gone unserved.
+        pub(crate) fn waiter_gone(commit: &mut Commit<'_>, key: &ObjectKey) {
+            match key.kind() {
+                $($letter => $kind::waiter_gone(commit, key),)*
                 _ => {}
             }
         }

@@ -63,7 +63,7 @@ pub(crate) struct Script {
 
 impl Script {
     /// At the behaviour version of the native primitives.
-    fn native() -> Self {
+    pub(crate) fn native() -> Self {
         let mut script = Self { term: 1, ..Self::default() };
         script.apply(vec![Txn::of(Op::RaiseBehaviour { to: BEHAVIOUR })]);
         script.out.clear();
@@ -456,7 +456,7 @@ fn create<'a>(word: &str, option: &impl Fn(&str) -> Option<&'a str>, plain: &[&s
     }
 }
 
-fn request(text: &str) -> RequestId {
+pub(crate) fn request(text: &str) -> RequestId {
     match text.split_once('/') {
         None => {
             let mut uuid = [0; 16];
