@@ -2132,6 +2132,800 @@ pub mod members_client {
         }
     }
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Pool {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub capacity: u64,
+    /// Under holds that are not confirmed.
+    #[prost(uint64, tag = "3")]
+    pub held: u64,
+    /// Gone until they are returned.
+    #[prost(uint64, tag = "4")]
+    pub confirmed: u64,
+    /// The rest. While somebody waits it is not to be had.
+    #[prost(uint64, tag = "5")]
+    pub available: u64,
+    /// How many wait.
+    #[prost(uint64, tag = "6")]
+    pub waiter_count: u64,
+    /// The revision of the commit that made it.
+    #[prost(uint64, tag = "7")]
+    pub created_revision: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolCreateRequest {
+    /// 1 to 1,024 bytes, none of them zero.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// At most 10^15. 0 is a pool to be stocked later.
+    #[prost(uint64, tag = "2")]
+    pub capacity: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolResizeRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, optional, tag = "2")]
+    pub capacity: ::core::option::Option<u64>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolRestockRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// At least 1.
+    #[prost(uint64, tag = "2")]
+    pub quantity: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolReturnRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// At least 1.
+    #[prost(uint64, tag = "2")]
+    pub quantity: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolDeleteRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// As it is after the change; of one that was deleted, as it was. Without the count of those who wait.
+    #[prost(message, optional, tag = "2")]
+    pub pool: ::core::option::Option<Pool>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolGetRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// At most this many holds and waiters each; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Begin after the hold of this number: `next` of the page before.
+    #[prost(uint64, tag = "3")]
+    pub after: u64,
+    #[prost(bool, tag = "4")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PoolGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub pool: ::core::option::Option<Pool>,
+    /// By rising number: those that stand, and those whose end is remembered (a minute).
+    #[prost(message, repeated, tag = "3")]
+    pub holds: ::prost::alloc::vec::Vec<Hold>,
+    /// In the order in which they will be served.
+    #[prost(message, repeated, tag = "4")]
+    pub waiters: ::prost::alloc::vec::Vec<PoolWaiter>,
+    /// Give it as `after` to read on in the holds; 0 when there is no more.
+    #[prost(uint64, tag = "5")]
+    pub next: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolListRequest {
+    /// Only names that begin so.
+    #[prost(string, tag = "1")]
+    pub prefix: ::prost::alloc::string::String,
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Begin after this name: `next` of the page before.
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(bool, tag = "4")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PoolListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub pools: ::prost::alloc::vec::Vec<Pool>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Hold {
+    /// From 1, in the order of the grants of its pool.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// The revision of the commit that granted it; several grants of one commit share it.
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    #[prost(uint64, tag = "3")]
+    pub quantity: u64,
+    #[prost(enumeration = "hold::State", tag = "4")]
+    pub state: i32,
+    #[prost(uint64, tag = "5")]
+    pub session: u64,
+    #[prost(string, tag = "6")]
+    pub owner_id: ::prost::alloc::string::String,
+    /// Since the grant.
+    #[prost(uint64, tag = "7")]
+    pub age_ms: u64,
+    /// Until it expires, or until its end is forgotten.
+    #[prost(uint64, tag = "8")]
+    pub left_ms: u64,
+}
+/// Nested message and enum types in `Hold`.
+pub mod hold {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum State {
+        Held = 0,
+        Confirmed = 1,
+        Cancelled = 2,
+        Expired = 3,
+    }
+    impl State {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Held => "HELD",
+                Self::Confirmed => "CONFIRMED",
+                Self::Cancelled => "CANCELLED",
+                Self::Expired => "EXPIRED",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "HELD" => Some(Self::Held),
+                "CONFIRMED" => Some(Self::Confirmed),
+                "CANCELLED" => Some(Self::Cancelled),
+                "EXPIRED" => Some(Self::Expired),
+                _ => None,
+            }
+        }
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PoolWaiter {
+    /// From 1: the next one to be served.
+    #[prost(uint64, tag = "1")]
+    pub position: u64,
+    #[prost(uint64, tag = "2")]
+    pub quantity: u64,
+    #[prost(uint64, tag = "3")]
+    pub session: u64,
+    #[prost(string, tag = "4")]
+    pub owner_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "5")]
+    pub waited_ms: u64,
+    /// Until it gives up; 0 is never.
+    #[prost(uint64, tag = "6")]
+    pub wait_left_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReserveRequest {
+    #[prost(string, tag = "1")]
+    pub pool: ::prost::alloc::string::String,
+    /// At least 1, at most the capacity.
+    #[prost(uint64, tag = "2")]
+    pub quantity: u64,
+    /// How long the hold lasts unless it is confirmed: 1,000 to 604,800,000; 0 is 60,000. It begins with the grant.
+    #[prost(uint64, tag = "3")]
+    pub hold_ms: u64,
+    /// The end of this session cancels the hold as well; 0 is no session.
+    #[prost(uint64, tag = "4")]
+    pub session: u64,
+    /// Who asks, for people: at most 1,024 bytes.
+    #[prost(string, tag = "5")]
+    pub owner_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    /// Strongly advised for a call that waits: the same id finds the same waiter or hold again. Without one a wait ends with the deadline of its call.
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+    /// Neither: do not wait.
+    #[prost(oneof = "reserve_request::Wait", tags = "6, 7")]
+    pub wait: ::core::option::Option<reserve_request::Wait>,
+}
+/// Nested message and enum types in `ReserveRequest`.
+pub mod reserve_request {
+    /// Neither: do not wait.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Wait {
+        /// Wait at most this long, counted by the service and kept with the waiter; at most 86,400,000. 0 is no wait.
+        #[prost(uint64, tag = "6")]
+        WaitMs(u64),
+        /// Wait as long as the session lives, which must then be named; false is no wait.
+        #[prost(bool, tag = "7")]
+        Forever(bool),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReserveReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(string, tag = "2")]
+    pub pool: ::prost::alloc::string::String,
+    /// The hold is named by both numbers in every later call.
+    #[prost(uint64, tag = "3")]
+    pub id: u64,
+    #[prost(uint64, tag = "4")]
+    pub token: u64,
+    #[prost(uint64, tag = "5")]
+    pub quantity: u64,
+    /// As granted; the owner counts from the sending of its call, or with a wait from the answer's `waited_ms` after it.
+    #[prost(uint64, tag = "6")]
+    pub hold_ms: u64,
+    #[prost(uint64, tag = "7")]
+    pub waited_ms: u64,
+    /// What is left in the pool.
+    #[prost(uint64, tag = "8")]
+    pub available: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReservationConfirmRequest {
+    #[prost(string, tag = "1")]
+    pub pool: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub id: u64,
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReservationCancelRequest {
+    #[prost(string, tag = "1")]
+    pub pool: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub id: u64,
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReservationExtendRequest {
+    #[prost(string, tag = "1")]
+    pub pool: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub id: u64,
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    /// 1,000 to 604,800,000; 0 is 60,000.
+    #[prost(uint64, tag = "4")]
+    pub hold_ms: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReservationReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(uint64, tag = "2")]
+    pub id: u64,
+    #[prost(enumeration = "hold::State", tag = "3")]
+    pub state: i32,
+    #[prost(uint64, tag = "4")]
+    pub quantity: u64,
+    /// Until it expires, while it is held.
+    #[prost(uint64, tag = "5")]
+    pub left_ms: u64,
+    /// What is left in the pool.
+    #[prost(uint64, tag = "6")]
+    pub available: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReservationGiveUpRequest {
+    #[prost(string, tag = "1")]
+    pub pool: ::prost::alloc::string::String,
+    /// The request id of the Reserve.
+    #[prost(message, optional, tag = "2")]
+    pub reserve: ::core::option::Option<RequestMeta>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReservationGiveUpReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// How many left: 1, or 0 if nobody waited under this id (any more).
+    #[prost(uint64, tag = "2")]
+    pub waiters: u64,
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod pools_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct PoolsClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> PoolsClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> PoolsClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            PoolsClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Makes a pool. Errors: CONFLICT (there is one of this name; the facts tell what it has), QUOTA, INVALID.
+        pub async fn create(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PoolCreateRequest>,
+        ) -> std::result::Result<tonic::Response<super::PoolReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Pools/Create");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Pools", "Create"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Sets the capacity. Who waits is served, or told CONFLICT if there will never be as much as he asked for.
+        /// Errors: NOT_FOUND, CONFLICT (more than that is taken: `taken` is among the facts), INVALID.
+        pub async fn resize(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PoolResizeRequest>,
+        ) -> std::result::Result<tonic::Response<super::PoolReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Pools/Resize");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Pools", "Resize"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Adds to the capacity. Errors: NOT_FOUND, INVALID.
+        pub async fn restock(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PoolRestockRequest>,
+        ) -> std::result::Result<tonic::Response<super::PoolReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Pools/Restock");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Pools", "Restock"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes confirmed units available again. Errors: NOT_FOUND, CONFLICT (so many are not confirmed), INVALID.
+        pub async fn r#return(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PoolReturnRequest>,
+        ) -> std::result::Result<tonic::Response<super::PoolReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Pools/Return");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Pools", "Return"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Removes a pool of which nothing is held and for which nobody waits. What is confirmed is forgotten. Errors: NOT_FOUND, HELD.
+        pub async fn delete(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PoolDeleteRequest>,
+        ) -> std::result::Result<tonic::Response<super::PoolReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Pools/Delete");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Pools", "Delete"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells what a pool has, a page of its holds, and who waits. Errors: NOT_FOUND, NO_QUORUM.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PoolGetRequest>,
+        ) -> std::result::Result<tonic::Response<super::PoolGetReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Pools/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Pools", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists pools by name, in pages.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PoolListRequest>,
+        ) -> std::result::Result<tonic::Response<super::PoolListReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Pools/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Pools", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod reservations_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct ReservationsClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> ReservationsClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> ReservationsClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            ReservationsClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Holds a part of a pool for some time, waiting for it if told to. Errors: NOT_FOUND (no such pool), HELD (not enough is available, or others wait
+        /// already, and no wait was asked for), TIMEOUT_WAITING, CANCELLED (given up), CONFLICT (the pool will never have as much), SESSION_EXPIRED,
+        /// QUOTA (too many waiters), INVALID. A grant that nobody noticed ends by itself.
+        pub async fn reserve(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReserveRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReserveReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Reservations/Reserve",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Reservations", "Reserve"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes a hold final: what it holds is gone from the pool until it is returned. Confirming again succeeds for a minute.
+        /// Errors: FENCED (the hold is cancelled or expired, `state` among the facts says which; or the token is another, or it is over for long).
+        pub async fn confirm(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReservationConfirmRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReservationReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Reservations/Confirm",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Reservations", "Confirm"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives a hold back. One that is cancelled or expired already succeeds for a minute. Errors: FENCED (confirmed, another token, or over for long).
+        pub async fn cancel(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReservationCancelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReservationReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Reservations/Cancel",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Reservations", "Cancel"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes a hold last at least so long from now on. It never makes it end sooner. Errors: FENCED, INVALID.
+        pub async fn extend(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReservationExtendRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReservationReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Reservations/Extend",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Reservations", "Extend"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes a waiter off the list by the request id of its Reserve, which is then answered CANCELLED. Where nobody waits under it, `waiters` is 0: ask
+        /// Reserve again under the same id to learn what it came to.
+        pub async fn give_up(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReservationGiveUpRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReservationGiveUpReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Reservations/GiveUp",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Reservations", "GiveUp"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SessionCreateRequest {
     /// 0 is 15,000. At least 1,000 (or 1.5 election timeouts, if more: the answer tells what was granted), at most 86,400,000.
