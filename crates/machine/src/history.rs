@@ -3,7 +3,7 @@
 //!
 //! Promises. H1: the ring has every change from its floor on. H2: a mark (stamp, revision) says which revision was the newest
 //! at that stamp, at least once a minute of log time or a thousand revisions while there are changes. H3: all three follow
-//! from the log alone; their sizes are bounded.
+//! from the log alone; their sizes are bounded, the ring's by changes and by bytes.
 
 use crate::codec::{self, Write};
 use crate::keys::ChangeSlice;
@@ -21,6 +21,8 @@ pub(crate) struct Ring {
 
 /// A change in the ring, beside its records.
 const CHANGE_BYTES: usize = 96;
+/// However few changes that are: a ring of large objects must not take the memory of what lives.
+const RING_BYTES_MAX: u64 = 64 << 20;
 
 impl Ring {
     pub(crate) fn new() -> Self {
@@ -33,9 +35,9 @@ impl Ring {
         self.shrink(max);
     }
 
-    /// Drops the oldest changes above a limit. A revision of which something is gone cannot be watched any more.
+    /// Drops the oldest changes above a limit of changes, and above that of bytes. A revision of which something is gone cannot be watched any more.
     pub(crate) fn shrink(&mut self, max: u64) {
-        while self.changes.len() as u64 > max {
+        while self.changes.len() as u64 > max || self.bytes > RING_BYTES_MAX {
             let Some(gone) = self.changes.pop_front() else { return };
             self.bytes -= change_bytes(&gone);
             self.floor = gone.record.meta().mod_revision.next();
@@ -215,5 +217,44 @@ impl Sums {
         let entries = index.0.saturating_sub(at.0);
         let ms = stamp.0.saturating_sub(when.0);
         sum != self.now && (entries >= COMPARE_EVERY_ENTRIES || ms >= COMPARE_EVERY_MS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Meta, Record};
+
+    fn change(revision: u64, bytes: usize) -> Change {
+        let key = Key::new(Space::Native, NamespaceId::DEFAULT, b"fbig");
+        let meta = Meta { mod_revision: Revision(revision), ..Meta::default() };
+        Change { record: Record::new(key.as_bytes(), meta, b"", &vec![7; bytes]), before: None }
+    }
+
+    #[test]
+    fn h3_the_ring_is_bounded_by_changes_and_by_bytes() {
+        let mut ring = Ring::new();
+        for revision in 1..=200 {
+            ring.push(change(revision, 1 << 20), 10_000);
+        }
+        assert!(ring.memory() <= RING_BYTES_MAX && ring.memory() > RING_BYTES_MAX - (2 << 20), "{}", ring.memory());
+        // What is left is whole, from the floor on.
+        let span = Span::one(Key::new(Space::Native, NamespaceId::DEFAULT, b"fbig"));
+        let slice = ring.changes(&span, ring.floor(), usize::MAX, Revision(200)).unwrap();
+        assert_eq!(slice.changes.first().unwrap().record.mod_revision(), ring.floor());
+        assert_eq!((slice.changes.len() as u64, slice.next), (201 - ring.floor().0, Revision(201)));
+        let gone = ring.changes(&span, Revision(ring.floor().0 - 1), usize::MAX, Revision(200));
+        assert_eq!(gone.unwrap_err(), Rejection::Compacted { lowest: ring.floor() });
+        for revision in 201..=230 {
+            ring.push(change(revision, 10), 20);
+        }
+        assert_eq!((ring.floor(), ring.all().len()), (Revision(211), 20));
+    }
+
+    #[test]
+    fn a_change_larger_than_the_ring_leaves_it_empty() {
+        let mut ring = Ring::new();
+        ring.push(change(5, 65 << 20), 10_000);
+        assert_eq!((ring.floor(), ring.memory(), ring.all().len()), (Revision(6), 0, 0));
     }
 }

@@ -42,6 +42,7 @@ mod requests;
 mod reservations;
 mod restore;
 mod schedules;
+mod seen;
 mod sessions;
 mod snapmap;
 mod snapshot;
@@ -90,6 +91,7 @@ pub use reservations::{
     POOL_NAME_BYTES_MAX, Pool, PoolAmount, PoolCreate, PoolWaiter, ReservationOp, ReservationReply, Reserve,
 };
 pub use schedules::{Schedule, ScheduleOp, ScheduleReply};
+pub use seen::{LOCKS, SESSIONS, Seen, kind_of};
 pub use sessions::SessionInfo;
 pub use snapshot::Loader;
 pub use types::*;

@@ -45,6 +45,11 @@ impl ObjectKey {
         Self(bytes.into())
     }
 
+    /// From the key under which watchers see it.
+    pub(crate) fn from_native(key: &[u8]) -> Self {
+        Self(key.into())
+    }
+
     pub(crate) fn of<T: Stored>(namespace: NamespaceId, name: &[u8]) -> Self {
         Self::new(T::KIND, namespace, name)
     }

@@ -27,6 +27,7 @@ use tokio::sync::oneshot;
 
 use crate::disk_fs::FsDisk;
 use crate::etcd::encode::Identity;
+use crate::follow::{Followers, Visit};
 use crate::metrics::DurationHistogram;
 use crate::native::stream::{PipeItem, PipeOut, PipeRequest, Pipes};
 use crate::native::{NativeRead, Outcome, ReadOut};
@@ -118,6 +119,7 @@ enum Event {
         stream: StreamId,
         request: WatchRequest,
     },
+    Follow(Visit),
     JobDone(JobDone),
     Peer(PeerEvent),
     HandOver {
@@ -309,6 +311,8 @@ pub(crate) struct Handle {
     pub(crate) identity: Arc<Identity>,
     pub(crate) facts: Arc<DriverFacts>,
     pub(crate) watch_facts: Arc<WatchFacts>,
+    /// Followers were given everything up to this revision.
+    pub(crate) published: Arc<AtomicU64>,
     pub(crate) syncs: Arc<DurationHistogram>,
     figures: Arc<Mutex<Figures>>,
     stopping: Arc<AtomicBool>,
@@ -459,6 +463,11 @@ impl Handle {
         let _ = self.events.try_send(Event::Watch { stream, request: WatchRequest::Close });
     }
 
+    /// For followers: see `follow.rs`.
+    pub(crate) async fn follow(&self, visit: Visit) -> Result<(), Failure> {
+        self.send_patiently(Event::Follow(visit)).await
+    }
+
     /// At most about a second old.
     pub(crate) fn figures(&self) -> Figures {
         self.figures.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -590,6 +599,7 @@ impl Driver {
             identity: Arc::new(Identity::new(member.status().member.0)),
             facts: Arc::default(),
             watch_facts: Arc::default(),
+            published: Arc::default(),
             syncs: disk.syncs(),
             figures: Arc::default(),
             stopping: Arc::default(),
@@ -698,6 +708,7 @@ struct Loop {
     /// Who leads, and the term, as it was logged last.
     followed: (Option<MemberId>, u64),
     hub: Hub,
+    followers: Followers,
     pipes: Pipes,
     waiters: Waiters,
     /// Reads of this round, to be run behind one barrier.
@@ -745,13 +756,15 @@ impl Loop {
             config.fragment_bytes,
             config.watch_progress_ms,
         );
+        let revision = member.machine().revision();
         Self {
-            published: member.machine().revision(),
+            published: revision,
             member,
             door,
             peers_version: None,
             followed: (None, 0),
             hub,
+            followers: Followers::new(handle.published.clone(), revision),
             pipes: Pipes::default(),
             waiters: Waiters::default(),
             reads: Vec::new(),
@@ -834,10 +847,12 @@ impl Loop {
 
     fn publish(&mut self, effects: &mut Effects) {
         self.hub.publish(&effects.changes);
+        self.followers.publish(&effects.changes, self.member.machine());
         if std::mem::take(&mut effects.restored) {
             // Changes of this poll may be from before the snapshot.
             let last = effects.changes.last().map_or(self.published, |c| c.record.meta().mod_revision);
             self.hub.restored(self.published.max(last));
+            self.followers.restored(self.published.max(last));
         }
         self.published = self.member.machine().revision();
         effects.changes.clear();
@@ -937,6 +952,8 @@ impl Loop {
     fn slices(&mut self, time: Millis) -> bool {
         let mut busy = self.hub.catch_up(self.member.machine());
         self.hub.tick(time.0, self.member.machine());
+        self.followers.tick(time.0);
+        busy |= self.followers.serve(self.member.machine());
         busy |= self.long_range_slice();
         busy |= self.long_read_slice();
         if time.0 >= self.figures_at {
@@ -999,6 +1016,7 @@ impl Loop {
                 WatchRequest::Drained => self.hub.drained(stream),
                 WatchRequest::Close => self.hub.close(stream),
             },
+            Event::Follow(visit) => self.followers.visit(visit),
             Event::JobDone(done) => self.member.job_done(done),
             Event::Peer(event) => self.peer_event(event),
             Event::HandOver { to, reply } => {
@@ -1010,6 +1028,7 @@ impl Loop {
             Event::Nudge => {}
             Event::EndStreams => {
                 self.hub.end_all();
+                self.followers.end_all();
                 self.pipes.end_all();
             }
             Event::Stop => self.stopping = true,
@@ -1274,6 +1293,7 @@ impl Loop {
     /// Hands over what the round has made: streams are filled first, then everybody is woken by one task.
     fn hand_over(&mut self) {
         self.hub.flush(&mut self.mail.wakes);
+        self.followers.flush(&mut self.mail.wakes);
         self.pipes.flush(&mut self.mail.wakes);
         if self.mail.deliveries.is_empty() && self.mail.wakes.is_empty() {
             return;
@@ -1390,6 +1410,7 @@ mod tests {
             identity: Arc::default(),
             facts: Arc::default(),
             watch_facts: Arc::default(),
+            published: Arc::default(),
             syncs: Arc::new(DurationHistogram::new(&[1.0])),
             figures: Arc::default(),
             stopping: Arc::default(),

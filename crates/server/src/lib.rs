@@ -15,6 +15,7 @@ pub mod backup;
 mod disk_fs;
 mod driver;
 pub mod etcd;
+mod follow;
 pub mod front;
 mod health;
 mod join_token;

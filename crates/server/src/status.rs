@@ -332,6 +332,13 @@ pub(crate) fn too_large(len: usize, max: usize) -> v1::Error {
     e
 }
 
+/// An answer above what one call gives.
+pub(crate) fn too_many(why: String, limit: usize) -> v1::Error {
+    let mut e = error("TOO_LARGE", why, Kind::Read);
+    fact(&mut e, "limit", limit);
+    e
+}
+
 /// There is no such thing; `facts` tell what was looked for and where.
 pub(crate) fn not_found(what: &str, facts: &[(&str, String)]) -> v1::Error {
     let mut e = error("NOT_FOUND", what.to_owned(), Kind::Read);

@@ -24,7 +24,7 @@ use prost_reflect::{
 use serde_json::json;
 
 use self::problem::problem_response;
-use self::stream::stream_response;
+use self::stream::{Requests, stream_response};
 use crate::front::{App, Body, FrontError, full};
 use crate::pages::percent_decode;
 use crate::rpc::{Call, Code, Face, Method, Status, UnaryFn};
@@ -35,6 +35,7 @@ mod problem;
 mod stream;
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 const IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 /// An older prefix of `/v3` that etcd still takes.
@@ -287,7 +288,17 @@ async fn run(
         .is_some_and(|accept| accept.to_str().is_ok_and(|accept| accept.contains("text/event-stream")));
     let call = Call { face: rule.face, metadata: head.headers, peer: Some(peer), deadline };
     match method {
-        Method::Stream(method) => Ok(stream_response(app, rule, method, call, body, wants_events).await),
+        Method::Stream(method) if rule.face == Face::NativeJson => {
+            let max = app.config.message_bytes_max_of(&rule.grpc_path);
+            let body = read_body(body, max).await?;
+            let message = request_message(rule, &variables, head.uri.query(), &call.metadata, &body)?;
+            check_size(message.len(), max)?;
+            Ok(stream_response(app, rule, method, call, Requests::one(message), wants_events).await)
+        }
+        Method::Stream(method) => {
+            let requests = Requests::of_body(app, rule, body);
+            Ok(stream_response(app, rule, method, call, requests, wants_events).await)
+        }
         Method::Unary(method) => {
             let max = app.config.message_bytes_max_of(&rule.grpc_path);
             let body = read_body(body, max).await?;
@@ -344,6 +355,7 @@ fn request_message(
         fields::set(&mut message, name, &percent_decode(value))?;
     }
     idempotency_key(&mut message, headers)?;
+    last_event_id(&mut message, headers)?;
     Ok(message.encode_to_vec().into())
 }
 
@@ -381,6 +393,18 @@ fn idempotency_key(message: &mut DynamicMessage, headers: &HeaderMap) -> Result<
         return Err(differs());
     }
     request.set_field_by_name("uuid", Value::String(key.to_owned()));
+    Ok(())
+}
+
+/// Takes the header `Last-Event-ID`, which a browser sends when it reconnects, as the place to go on from, where the message has one. It is newer than
+/// what the address says, which was written before the first event.
+fn last_event_id(message: &mut DynamicMessage, headers: &HeaderMap) -> Result<(), Status> {
+    let Some(id) = headers.get(LAST_EVENT_ID).filter(|id| !id.is_empty()) else { return Ok(()) };
+    let Some(field) = message.descriptor().get_field_by_name("resume") else { return Ok(()) };
+    let id = id.to_str().map_err(|_| Status::invalid_argument("Last-Event-ID is not text"))?;
+    if field.kind() == prost_reflect::Kind::String {
+        message.set_field(&field, Value::String(id.to_owned()));
+    }
     Ok(())
 }
 

@@ -18,9 +18,11 @@ mod registry;
 mod reservations;
 mod schedules;
 pub(crate) mod sessions;
+mod shown;
 mod snapshots;
 pub(crate) mod status;
 pub(crate) mod stream;
+mod watches;
 
 use bytes::Bytes;
 use prost::Message;
@@ -185,6 +187,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     sessions::mount(router, context);
     snapshots::mount(router, context);
     status::mount(router, context);
+    watches::mount(router, context);
     // Last: it takes the plans of all the others.
     stream::mount(router, context);
 }

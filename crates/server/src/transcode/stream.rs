@@ -1,9 +1,14 @@
 //! Streams over HTTP: one JSON object per line, as etcd's gateway writes them, or server-sent events.
+//!
+//! Promises. L1: an answer whose message has a text field `resume` carries it as the `id` of its event; a browser gives the last one back in
+//! `Last-Event-ID`, which becomes the field `resume` of the request. L2: a call that is refused at once has the status of its refusal, so a browser
+//! does not ask again. L3: silence is broken by a comment, so that nothing between takes the connection for dead.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::header::{self, HeaderValue};
@@ -11,7 +16,7 @@ use http::{Response, StatusCode};
 use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
 use prost::Message as _;
-use prost_reflect::MessageDescriptor;
+use prost_reflect::{DynamicMessage, MessageDescriptor, Value};
 use serde_json::json;
 
 use super::{JSON_FACTOR, Rule, etcd_error, etcd_json, problem, to_json, too_large};
@@ -20,51 +25,49 @@ use crate::rpc::{Call, Code, Deframer, Face, Incoming, Outgoing, OutgoingReader,
 
 /// Lines are joined up to about this size for one write.
 const CHUNK_BYTES: usize = 16 << 10;
+/// A stream of events that has not begun by then is told to be connected.
+const FIRST_EVENT: Duration = Duration::from_millis(250);
+/// A stream of events that is silent for so long sends a comment.
+const SILENCE: Duration = Duration::from_secs(15);
 
 pub(super) async fn stream_response(
     app: &Arc<App>,
     rule: &Rule,
     method: &StreamFn,
     call: Call,
-    body: Body,
+    Requests(requests): Requests,
     events: bool,
 ) -> Response<Body> {
-    let requests = JsonMessages {
-        body,
-        buffer: BytesMut::new(),
-        kind: rule.method.input(),
-        message_bytes_max: app.config.message_bytes_max_of(&rule.grpc_path),
-        count: 0,
-        ended: false,
-        // The one request of a watch over HTTP is not its end: the client listens on.
-        stays_open: rule.method.name() == "Watch",
-    };
     let (face, deadline, peer) = (call.face, call.deadline, call.peer);
     let (outgoing, reader) = Outgoing::new(app.config.outgoing_bytes_max);
     if let Some(figures) = app.calls.get(rule.grpc_path.as_str()) {
         figures.start();
     }
     let mut answers = JsonAnswers {
-        service: method(call, Incoming::from_stream(requests), outgoing),
+        service: method(call, requests, outgoing),
         reader,
         deframer: Deframer::new(usize::MAX),
         kind: rule.method.output(),
         face,
         events,
+        silence: Box::pin(tokio::time::sleep(SILENCE)),
         phase: Phase::Running,
         timer: deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline))),
         bell: app.stop.bell(),
         end: CallEnd { app: app.clone(), path: rule.grpc_path.clone(), peer, code: Code::Cancelled },
     };
     // The status line waits for the first message, so that a call that is refused has the status of its refusal. Clients of
-    // events want to know at once that they are connected.
+    // events want to know soon that they are connected.
+    let chunk = std::future::poll_fn(|cx| answers.poll_chunk(cx));
     let first = if events {
-        Ok(Some(Bytes::from_static(b": connected\n\n")))
+        let connected = || Ok(Some(Bytes::from_static(b": connected\n\n")));
+        tokio::time::timeout(FIRST_EVENT, chunk).await.unwrap_or_else(|_| connected())
     } else {
-        std::future::poll_fn(|cx| answers.poll_chunk(cx)).await
+        chunk.await
     };
     let (status, first) = match first {
         Ok(first) => (StatusCode::OK, first.unwrap_or_default()),
+        Err(status) if face == Face::NativeJson => return problem::problem_response(&status),
         Err(status) => (status.code.http(), answers.error_line(&status)),
     };
     let mut response = Response::new(JsonBody { first, answers }.boxed_unsync());
@@ -76,6 +79,30 @@ pub(super) async fn stream_response(
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
     response
+}
+
+/// The requests of a stream.
+pub(super) struct Requests(Incoming);
+
+impl Requests {
+    /// The one request of a native stream. It is not its end: the client listens on.
+    pub(super) fn one(message: Bytes) -> Self {
+        use tokio_stream::StreamExt as _;
+        Self(Incoming::from_stream(tokio_stream::once(Ok(message)).chain(tokio_stream::pending())))
+    }
+
+    pub(super) fn of_body(app: &Arc<App>, rule: &Rule, body: Body) -> Self {
+        Self(Incoming::from_stream(JsonMessages {
+            body,
+            buffer: BytesMut::new(),
+            kind: rule.method.input(),
+            message_bytes_max: app.config.message_bytes_max_of(&rule.grpc_path),
+            count: 0,
+            ended: false,
+            // The one request of a watch over HTTP is not its end: the client listens on.
+            stays_open: rule.method.name() == "Watch",
+        }))
+    }
 }
 
 /// The JSON objects of a request body, each as soon as it is whole.
@@ -137,6 +164,8 @@ struct JsonAnswers {
     kind: MessageDescriptor,
     face: Face,
     events: bool,
+    /// Rings after a time without an answer.
+    silence: Pin<Box<tokio::time::Sleep>>,
     phase: Phase,
     timer: Option<Pin<Box<tokio::time::Sleep>>>,
     bell: Bell,
@@ -182,8 +211,8 @@ impl JsonAnswers {
         let mut chunk = BytesMut::new();
         while chunk.len() < CHUNK_BYTES {
             if let Some(message) = self.deframer.next()? {
-                let (text, _) = to_json(&self.kind, &message)?;
-                self.line(&text, &mut chunk);
+                let (text, message) = to_json(&self.kind, &message)?;
+                self.line(&text, &message, &mut chunk);
                 continue;
             }
             match self.reader.poll_take(cx) {
@@ -191,7 +220,11 @@ impl JsonAnswers {
                 Poll::Pending => break,
             }
         }
+        if chunk.is_empty() && self.events && self.silence.as_mut().poll(cx).is_ready() {
+            chunk.put_slice(b": still here\n\n");
+        }
         if !chunk.is_empty() {
+            self.silence.as_mut().reset(tokio::time::Instant::now() + SILENCE);
             return Poll::Ready(Ok(Some(chunk.freeze())));
         }
         match std::mem::replace(&mut self.phase, Phase::Over) {
@@ -211,8 +244,14 @@ impl JsonAnswers {
         }
     }
 
-    fn line(&self, json: &[u8], out: &mut BytesMut) {
+    fn line(&self, json: &[u8], message: &DynamicMessage, out: &mut BytesMut) {
         if self.events {
+            let resume = message.get_field_by_name("resume");
+            if let Some(id) = resume.as_deref().and_then(Value::as_str).filter(|id| !id.is_empty()) {
+                out.put_slice(b"id: ");
+                out.put_slice(id.as_bytes());
+                out.put_slice(b"\n");
+            }
             out.put_slice(b"data: ");
             out.put_slice(json);
             out.put_slice(b"\n\n");

@@ -6,6 +6,7 @@ mod etcd;
 mod folder;
 mod native;
 mod watch;
+mod watches;
 
 use std::path::Path;
 

@@ -17,7 +17,7 @@ use tonic::Code;
 use crate::Fixture;
 
 /// The native error inside of a status.
-fn error(status: &tonic::Status) -> v1::Error {
+pub(crate) fn error(status: &tonic::Status) -> v1::Error {
     // google.rpc.Status: details are field 3, each an Any whose value is field 2.
     #[derive(Clone, PartialEq, prost::Message)]
     struct Any {

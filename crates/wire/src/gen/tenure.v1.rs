@@ -3934,3 +3934,316 @@ pub mod pipeline_client {
         }
     }
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchRequest {
+    /// The key, the first key, or what keys begin with. With none and no prefix: INVALID.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub key_bytes: ::prost::bytes::Bytes,
+    /// Up to this key, not included.
+    #[prost(string, tag = "3")]
+    pub end: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub end_bytes: ::prost::bytes::Bytes,
+    /// Every key that begins with `key`, or every thing whose name begins with `name`; either may be empty then. INVALID beside an end.
+    #[prost(bool, tag = "5")]
+    pub prefix: bool,
+    /// What is watched: empty or `key` for keys; `session` (named by its id), `lock`, `election`, `config`, `service` (by service, a slash and instance),
+    /// `counter`, `pool`, `reservation`, `idempotency`, `queue`, `schedule`, `marker`; or `any` for all things that are no keys.
+    /// Kinds whose things are many and busy are not watched one by one: INVALID.
+    #[prost(string, tag = "6")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "7")]
+    pub name: ::prost::alloc::string::String,
+    /// Begin with the changes of this revision, past or future; 0 is the next change.
+    #[prost(uint64, tag = "8")]
+    pub revision: u64,
+    /// Go on behind this answer; INVALID beside a revision or a snapshot.
+    #[prost(string, tag = "9")]
+    pub resume: ::prost::alloc::string::String,
+    /// Tell what there is first.
+    #[prost(bool, tag = "10")]
+    pub snapshot: bool,
+    /// Tell with each change what was there before.
+    #[prost(bool, tag = "11")]
+    pub prev: bool,
+    /// A BOOKMARK after so long without a change; 0 is 5,000. From 100 to 600,000.
+    #[prost(uint64, tag = "12")]
+    pub bookmark_ms: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WatchReply {
+    #[prost(enumeration = "watch_reply::Type", tag = "1")]
+    pub r#type: i32,
+    /// The revision of the change; of the state that it speaks of, where it is no change.
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
+    /// The place of the change among those of its revision.
+    #[prost(uint32, tag = "3")]
+    pub index: u32,
+    /// Where to go on: `<revision>.<index>`, or `<revision>` alone for behind the whole revision.
+    #[prost(string, tag = "4")]
+    pub resume: ::prost::alloc::string::String,
+    /// Of a thing that is no key.
+    #[prost(string, tag = "5")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "7")]
+    pub name_bytes: ::prost::bytes::Bytes,
+    /// What is known of it, in the terms of its primitive: `token`, `holder`, `value`, `version`. Numbers are decimal. Empty for one that is gone.
+    #[prost(btree_map = "string, string", tag = "8")]
+    pub facts: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// What was known of it before, if asked for.
+    #[prost(btree_map = "string, string", tag = "9")]
+    pub prev_facts: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// The key as it is now; of one that is gone only its name and revision.
+    #[prost(message, optional, tag = "10")]
+    pub record: ::core::option::Option<Record>,
+    /// The key as it was before, if asked for and still kept.
+    #[prost(message, optional, tag = "11")]
+    pub prev: ::core::option::Option<Record>,
+    /// RESYNC_REQUIRED: the lowest revision that can be watched.
+    #[prost(uint64, tag = "12")]
+    pub from: u64,
+}
+/// Nested message and enum types in `WatchReply`.
+pub mod watch_reply {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Type {
+        /// Never told.
+        Unspecified = 0,
+        /// Made or changed.
+        Put = 1,
+        /// Gone.
+        Delete = 2,
+        /// It was there when the stream began.
+        Snapshot = 3,
+        /// Everything that was there has been told: together with the changes told so far it is the state at `revision`.
+        Synced = 4,
+        /// There is nothing up to `revision` that was not told.
+        Bookmark = 5,
+        /// Changes are missing, up to `from`: take a snapshot. The last answer of its stream.
+        ResyncRequired = 6,
+    }
+    impl Type {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "UNSPECIFIED",
+                Self::Put => "PUT",
+                Self::Delete => "DELETE",
+                Self::Snapshot => "SNAPSHOT",
+                Self::Synced => "SYNCED",
+                Self::Bookmark => "BOOKMARK",
+                Self::ResyncRequired => "RESYNC_REQUIRED",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "UNSPECIFIED" => Some(Self::Unspecified),
+                "PUT" => Some(Self::Put),
+                "DELETE" => Some(Self::Delete),
+                "SNAPSHOT" => Some(Self::Snapshot),
+                "SYNCED" => Some(Self::Synced),
+                "BOOKMARK" => Some(Self::Bookmark),
+                "RESYNC_REQUIRED" => Some(Self::ResyncRequired),
+                _ => None,
+            }
+        }
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchPollRequest {
+    /// As in WatchRequest.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub key_bytes: ::prost::bytes::Bytes,
+    #[prost(string, tag = "3")]
+    pub end: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub end_bytes: ::prost::bytes::Bytes,
+    #[prost(bool, tag = "5")]
+    pub prefix: bool,
+    #[prost(string, tag = "6")]
+    pub kind: ::prost::alloc::string::String,
+    #[prost(string, tag = "7")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "8")]
+    pub revision: u64,
+    #[prost(string, tag = "9")]
+    pub resume: ::prost::alloc::string::String,
+    #[prost(bool, tag = "10")]
+    pub snapshot: bool,
+    #[prost(bool, tag = "11")]
+    pub prev: bool,
+    /// How long to wait for a change; 0 is 20,000, which is also the most.
+    #[prost(uint64, tag = "12")]
+    pub wait_ms: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WatchPollReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub events: ::prost::alloc::vec::Vec<WatchReply>,
+    #[prost(string, tag = "3")]
+    pub resume: ::prost::alloc::string::String,
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod watches_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct WatchesClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> WatchesClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> WatchesClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            WatchesClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Follows changes. The first answer tells where the stream begins; with `snapshot` what there is comes first, up to a SYNCED, and
+        /// the changes behind it next, so nothing falls between list and watch. A reader that is too slow costs the service at most 4 MiB.
+        /// Errors: COMPACTED, INVALID, NO_QUORUM.
+        ///
+        /// Over HTTP each answer is a line of JSON in `result`, or an event of its own for who accepts `text/event-stream`.
+        pub async fn watch(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WatchRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::WatchReply>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Watches/Watch");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Watches", "Watch"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// The same for who cannot hold a stream: answers as soon as there are changes behind `resume`, or with none after the wait. Give the answer's
+        /// `resume` to the next call; it never goes back. Without one, answers at once with where to begin, after what there is if `snapshot` is set.
+        /// Errors: COMPACTED, INVALID, NO_QUORUM.
+        pub async fn poll(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WatchPollRequest>,
+        ) -> std::result::Result<tonic::Response<super::WatchPollReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Watches/Poll");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Watches", "Poll"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The things of the native space in words: kinds, names and facts, for whoever watches things of any kind.
+//!
+//! Promises. S1: the name of a kind and the names of its facts never change; facts are added. S2: numbers are decimal; bytes that are no text
+//! are told in base64 under the name with `_bytes` behind it.
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use tenure_machine::{LOCKS, Record, SESSIONS, Seen, SessionId};
+
+use super::{Refused, refuse};
+
+/// Kinds that can be watched, with their letters.
+const KINDS: [(&str, u8); 2] = [("session", SESSIONS), ("lock", LOCKS)];
+
+pub(crate) fn letter(kind: &str) -> Option<u8> {
+    KINDS.iter().find(|(name, _)| *name == kind).map(|(_, letter)| *letter)
+}
+
+pub(crate) fn kind(letter: u8) -> &'static str {
+    KINDS.iter().find(|(_, of)| *of == letter).map_or("other", |(name, _)| name)
+}
+
+/// A name as keys have it. A session is named by its number.
+pub(crate) fn stored_name(letter: u8, name: &str, prefix: bool) -> Result<Vec<u8>, Refused> {
+    match letter {
+        SESSIONS if name.is_empty() => Ok(Vec::new()),
+        SESSIONS if prefix => Err(refuse("prefix", "numbers of sessions have no prefix: leave the name out for all")),
+        SESSIONS => {
+            let id: u64 = name.parse().map_err(|_| refuse("name", "a session is named by its id, a number"))?;
+            Ok(id.to_be_bytes().to_vec())
+        }
+        _ => Ok(name.as_bytes().to_vec()),
+    }
+}
+
+/// The name as people know it.
+pub(crate) fn told_name(letter: u8, stored: &[u8]) -> Vec<u8> {
+    match (letter, <[u8; 8]>::try_from(stored)) {
+        (SESSIONS, Ok(id)) => SessionId(u64::from_be_bytes(id)).to_string().into_bytes(),
+        _ => stored.to_vec(),
+    }
+}
+
+/// What a record says of a thing that is there.
+pub(crate) fn facts(record: &Record) -> BTreeMap<String, String> {
+    let mut facts = Facts::default();
+    match Seen::of(record) {
+        Some(Seen::Session(session)) => {
+            facts.put("token", record.mod_revision());
+            facts.put("ttl_ms", session.ttl_ms);
+            facts.put("name", &session.name);
+            for (name, value) in &session.metadata {
+                facts.put(&format!("metadata.{name}"), value);
+            }
+        }
+        Some(Seen::Lock(holder)) => {
+            facts.put("token", holder.token);
+            facts.put("holder_session", holder.session);
+            facts.bytes("holder", &holder.owner);
+        }
+        Some(Seen::Object(_)) | None => {}
+    }
+    facts.0
+}
+
+#[derive(Default)]
+struct Facts(BTreeMap<String, String>);
+
+impl Facts {
+    fn put(&mut self, name: &str, value: impl ToString) {
+        let value = value.to_string();
+        if !value.is_empty() {
+            self.0.insert(name.to_owned(), value);
+        }
+    }
+
+    fn bytes(&mut self, name: &str, value: &[u8]) {
+        match std::str::from_utf8(value) {
+            Ok(text) => self.put(name, text),
+            Err(_) => self.put(&format!("{name}_bytes"), base64::engine::general_purpose::STANDARD.encode(value)),
+        }
+    }
+}
