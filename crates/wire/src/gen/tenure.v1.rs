@@ -1666,6 +1666,642 @@ pub mod locks_client {
         }
     }
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Marker {
+    /// Canonical: fields sorted by name, `name=value` joined by commas; a comma, an equals sign, a percent sign and control characters are %XX.
+    #[prost(string, tag = "1")]
+    pub marker: ::prost::alloc::string::String,
+    #[prost(enumeration = "MarkerState", tag = "2")]
+    pub state: i32,
+    /// Revision of the commit that did or claimed it.
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    #[prost(string, tag = "4")]
+    pub by: ::prost::alloc::string::String,
+    /// Since it came into this state.
+    #[prost(uint64, tag = "5")]
+    pub age_ms: u64,
+    /// Claims so far; 0 if it was put without.
+    #[prost(uint32, tag = "6")]
+    pub attempt: u32,
+    #[prost(string, tag = "7")]
+    pub result: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "8")]
+    pub result_bytes: ::prost::bytes::Bytes,
+    /// What is left of its retention (or of the claim's lease); 0 with `forever`, or while a session or a decision ends it.
+    #[prost(uint64, tag = "9")]
+    pub left_ms: u64,
+    /// It is kept for ever once it is done.
+    #[prost(bool, tag = "10")]
+    pub forever: bool,
+    /// The session under which it is claimed, or 0.
+    #[prost(uint64, tag = "11")]
+    pub session: u64,
+    #[prost(enumeration = "OnDeath", tag = "12")]
+    pub on_death: i32,
+    /// The last 32 that ended something.
+    #[prost(message, repeated, tag = "13")]
+    pub events: ::prost::alloc::vec::Vec<MarkerEvent>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MarkerEvent {
+    #[prost(enumeration = "marker_event::Kind", tag = "1")]
+    pub kind: i32,
+    #[prost(uint64, tag = "2")]
+    pub age_ms: u64,
+    /// The token that it ended, and whose that was.
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    #[prost(string, tag = "4")]
+    pub by: ::prost::alloc::string::String,
+    /// Who asked for it, where that was a call.
+    #[prost(string, tag = "5")]
+    pub principal: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub reason: ::prost::alloc::string::String,
+}
+/// Nested message and enum types in `MarkerEvent`.
+pub mod marker_event {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Kind {
+        ClaimDied = 0,
+        TakenOver = 1,
+        Released = 2,
+        DeletedBy = 3,
+        ConfirmedLate = 4,
+    }
+    impl Kind {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::ClaimDied => "CLAIM_DIED",
+                Self::TakenOver => "TAKEN_OVER",
+                Self::Released => "RELEASED",
+                Self::DeletedBy => "DELETED_BY",
+                Self::ConfirmedLate => "CONFIRMED_LATE",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "CLAIM_DIED" => Some(Self::ClaimDied),
+                "TAKEN_OVER" => Some(Self::TakenOver),
+                "RELEASED" => Some(Self::Released),
+                "DELETED_BY" => Some(Self::DeletedBy),
+                "CONFIRMED_LATE" => Some(Self::ConfirmedLate),
+                _ => None,
+            }
+        }
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerOnceRequest {
+    /// `type=welcome,user=42`, in any order; 1 to 16 fields, at most 1,024 bytes. Or `fields`; both is INVALID.
+    #[prost(string, tag = "1")]
+    pub marker: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub fields: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Who does it: a job, a request; at most 1,024 bytes.
+    #[prost(string, tag = "3")]
+    pub by: ::prost::alloc::string::String,
+    /// How long it is kept: 0 is 30 days, an hour is the least. Whoever asks for longer than it was kept for prolongs it; nobody shortens it.
+    #[prost(uint64, tag = "4")]
+    pub retention_ms: u64,
+    #[prost(bool, tag = "5")]
+    pub forever: bool,
+    /// What those are told who ask later; at most 4 KiB.
+    #[prost(string, tag = "6")]
+    pub result: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "7")]
+    pub result_bytes: ::prost::bytes::Bytes,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerOnceReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// It was there before: `marker` tells who did it. Else this call put it.
+    #[prost(bool, tag = "2")]
+    pub already_done: bool,
+    #[prost(message, optional, tag = "3")]
+    pub marker: ::core::option::Option<Marker>,
+    /// Whoever claimed it died, and its policy is SKIP: it may not have happened.
+    #[prost(bool, tag = "4")]
+    pub unconfirmed: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerClaimRequest {
+    #[prost(string, tag = "1")]
+    pub marker: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub fields: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(string, tag = "3")]
+    pub by: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "4")]
+    pub retention_ms: u64,
+    #[prost(bool, tag = "5")]
+    pub forever: bool,
+    /// The claim lives as long as this session; 0: as long as its lease.
+    #[prost(uint64, tag = "6")]
+    pub session: u64,
+    /// 1,000 to 3,600,000; 0 is 60,000 without a session. INVALID with one.
+    #[prost(uint64, tag = "7")]
+    pub lease_ms: u64,
+    #[prost(enumeration = "OnDeath", tag = "8")]
+    pub on_death: i32,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerClaimReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// With `already_done`: it may not have happened.
+    #[prost(bool, tag = "4")]
+    pub unconfirmed: bool,
+    #[prost(oneof = "marker_claim_reply::Outcome", tags = "2, 3")]
+    pub outcome: ::core::option::Option<marker_claim_reply::Outcome>,
+}
+/// Nested message and enum types in `MarkerClaimReply`.
+pub mod marker_claim_reply {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Outcome {
+        #[prost(message, tag = "2")]
+        Granted(super::MarkerGrant),
+        #[prost(message, tag = "3")]
+        AlreadyDone(super::Marker),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MarkerGrant {
+    /// Confirm or release with it.
+    #[prost(uint64, tag = "1")]
+    pub token: u64,
+    /// The first is 1.
+    #[prost(uint32, tag = "2")]
+    pub attempt: u32,
+    /// Give it to the other side with the effect: it is the same for every attempt at it, and no other effect has it.
+    #[prost(string, tag = "3")]
+    pub key: ::prost::alloc::string::String,
+    /// For how long, from the sending of the request; 0 under a session.
+    #[prost(uint64, tag = "4")]
+    pub lease_ms: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerConfirmRequest {
+    #[prost(string, tag = "1")]
+    pub marker: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub fields: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    #[prost(string, tag = "6")]
+    pub result: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "7")]
+    pub result_bytes: ::prost::bytes::Bytes,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MarkerConfirmReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerReleaseRequest {
+    #[prost(string, tag = "1")]
+    pub marker: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub fields: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MarkerReleaseReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerDeleteRequest {
+    #[prost(string, tag = "1")]
+    pub marker: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub fields: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Only what has this token; 0 is whatever is there.
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    /// For those who read of it later; at most 1,024 bytes.
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MarkerDeleteReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Whether there was one.
+    #[prost(bool, tag = "2")]
+    pub deleted: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MarkerGetRequest {
+    #[prost(string, tag = "1")]
+    pub marker: ::prost::alloc::string::String,
+    /// Also tell of a deleted one.
+    #[prost(bool, tag = "2")]
+    pub deleted: bool,
+    /// Answer from this member alone, which may be behind.
+    #[prost(bool, tag = "3")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub marker: ::core::option::Option<Marker>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MarkerListRequest {
+    /// Of the canonical name.
+    #[prost(string, tag = "1")]
+    pub prefix: ::prost::alloc::string::String,
+    /// Begin behind this name.
+    #[prost(string, tag = "2")]
+    pub after: ::prost::alloc::string::String,
+    /// At most 1,000; 0 is 100.
+    #[prost(uint32, tag = "3")]
+    pub limit: u32,
+    #[prost(bool, tag = "4")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub markers: ::prost::alloc::vec::Vec<Marker>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+/// What becomes of an outside effect whose claim died before it was confirmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OnDeath {
+    /// The next claimer is refused with NEEDS_RECONCILE until somebody confirms or deletes it.
+    Ask = 0,
+    /// The next claimer is granted it: it may happen twice.
+    Retry = 1,
+    /// The next claimer is told that it is done, `unconfirmed`: it may not have happened.
+    Skip = 2,
+}
+impl OnDeath {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Ask => "ASK",
+            Self::Retry => "RETRY",
+            Self::Skip => "SKIP",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ASK" => Some(Self::Ask),
+            "RETRY" => Some(Self::Retry),
+            "SKIP" => Some(Self::Skip),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum MarkerState {
+    Done = 0,
+    Claimed = 1,
+    /// Whoever claimed it is gone.
+    Unconfirmed = 2,
+    /// Only what happened to it is kept.
+    Deleted = 3,
+}
+impl MarkerState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Done => "DONE",
+            Self::Claimed => "CLAIMED",
+            Self::Unconfirmed => "UNCONFIRMED",
+            Self::Deleted => "DELETED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DONE" => Some(Self::Done),
+            "CLAIMED" => Some(Self::Claimed),
+            "UNCONFIRMED" => Some(Self::Unconfirmed),
+            "DELETED" => Some(Self::Deleted),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod markers_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct MarkersClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> MarkersClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> MarkersClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            MarkersClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Puts the marker, or tells who did before: one commit, no error either way. Errors: IN_FLIGHT (it is claimed), NEEDS_RECONCILE (whoever claimed it
+        /// died), QUOTA, INVALID.
+        pub async fn once(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MarkerOnceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MarkerOnceReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Markers/Once");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Markers", "Once"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes the right to do an outside effect, or tells that it is done. Errors: IN_FLIGHT (another claim lives; retry_after says when to ask),
+        /// NEEDS_RECONCILE (a claim died and its policy is ASK: confirm it with its token if the effect happened, else delete it),
+        /// SESSION_EXPIRED, QUOTA, INVALID.
+        pub async fn claim(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MarkerClaimRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MarkerClaimReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Markers/Claim");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Markers", "Claim"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The effect was done. A claim that died may still confirm while nobody else was granted it. Confirming again succeeds.
+        /// Errors: FENCED (another claim, or none, is current), INVALID.
+        pub async fn confirm(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MarkerConfirmRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MarkerConfirmReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Markers/Confirm",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Markers", "Confirm"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The effect was not done, and another may do it now. Errors: FENCED, INVALID.
+        pub async fn release(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MarkerReleaseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MarkerReleaseReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Markers/Release",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Markers", "Release"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Forgets a marker, so that its effect may happen anew, under another key. Who deleted it and why stays on record for a week.
+        /// Deleting nothing succeeds. Errors: FENCED (a token was given and another is current), INVALID.
+        pub async fn delete(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MarkerDeleteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MarkerDeleteReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Markers/Delete");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Markers", "Delete"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells of one marker and what happened to it. Errors: NOT_FOUND, NO_QUORUM, INVALID.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MarkerGetRequest>,
+        ) -> std::result::Result<tonic::Response<super::MarkerGetReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Markers/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Markers", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists markers by their canonical names, in pages.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MarkerListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MarkerListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Markers/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Markers", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
 /// A member as the answering one sees it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Member {
@@ -3931,6 +4567,340 @@ pub mod pipeline_client {
             let mut req = request.into_streaming_request();
             req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Pipeline", "Stream"));
             self.inner.streaming(req, path, codec).await
+        }
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TxnRunRequest {
+    /// All of them must hold, or the whole transaction is refused with the code and facts of the primitive: FENCED for a lock,
+    /// SESSION_EXPIRED for a session, CONFLICT for the others.
+    #[prost(message, repeated, tag = "1")]
+    pub requires: ::prost::alloc::vec::Vec<Check>,
+    /// All of them must hold for `then` to run; none at all holds.
+    #[prost(message, repeated, tag = "2")]
+    pub compares: ::prost::alloc::vec::Vec<Check>,
+    #[prost(message, repeated, tag = "3")]
+    pub then: ::prost::alloc::vec::Vec<TxnOp>,
+    /// Runs if a compare does not hold; that is no error.
+    #[prost(message, repeated, tag = "4")]
+    pub otherwise: ::prost::alloc::vec::Vec<TxnOp>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TxnRunReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Whether `then` ran.
+    #[prost(bool, tag = "2")]
+    pub succeeded: bool,
+    /// The answers of the list that ran, in its order.
+    #[prost(message, repeated, tag = "3")]
+    pub answers: ::prost::alloc::vec::Vec<TxnAnswer>,
+    /// The first compare that did not hold, and what is there instead.
+    #[prost(message, optional, tag = "4")]
+    pub failed: ::core::option::Option<FailedCompare>,
+}
+/// One condition.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Check {
+    /// It must not be so. Not for keys, which have a relation of their own.
+    #[prost(bool, tag = "31")]
+    pub not: bool,
+    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4")]
+    pub fact: ::core::option::Option<check::Fact>,
+}
+/// Nested message and enum types in `Check`.
+pub mod check {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Fact {
+        /// Of a key, or of each key of a range.
+        #[prost(message, tag = "1")]
+        Key(super::Compare),
+        /// The session lives, under this token if one is given.
+        #[prost(message, tag = "2")]
+        SessionAlive(super::SessionAlive),
+        /// The lock is held under this very token.
+        #[prost(message, tag = "3")]
+        LockHeld(super::RequireLock),
+        /// The effect is not done, not claimed and not perhaps done.
+        #[prost(message, tag = "4")]
+        MarkerAbsent(super::MarkerName),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionAlive {
+    #[prost(uint64, tag = "1")]
+    pub session: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MarkerName {
+    #[prost(string, tag = "1")]
+    pub marker: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub fields: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FailedCompare {
+    /// Its place in `compares`.
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    /// One sentence for people; do not parse it.
+    #[prost(string, tag = "2")]
+    pub message: ::prost::alloc::string::String,
+    /// As a refusal of the same primitive would tell them.
+    #[prost(btree_map = "string, string", tag = "3")]
+    pub facts: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Of a compare of keys: the first that it does not hold for, as it is; absent if there is no such key.
+    #[prost(message, optional, tag = "4")]
+    pub current: ::core::option::Option<Record>,
+}
+/// A transaction in a list of operations: its compares are decided with those of the whole.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TxnBody {
+    #[prost(message, repeated, tag = "1")]
+    pub compares: ::prost::alloc::vec::Vec<Check>,
+    #[prost(message, repeated, tag = "2")]
+    pub then: ::prost::alloc::vec::Vec<TxnOp>,
+    #[prost(message, repeated, tag = "3")]
+    pub otherwise: ::prost::alloc::vec::Vec<TxnOp>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TxnBodyReply {
+    #[prost(bool, tag = "1")]
+    pub succeeded: bool,
+    #[prost(message, repeated, tag = "2")]
+    pub answers: ::prost::alloc::vec::Vec<TxnAnswer>,
+    #[prost(message, optional, tag = "3")]
+    pub failed: ::core::option::Option<FailedCompare>,
+}
+/// Operations that belong to an effect: they run if its marker is new, and the marker is put with them. If it is there they are skipped, and
+/// the rest of the transaction (an ack) still commits. Errors: as Markers.Once, which drops the whole.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TxnOnce {
+    #[prost(message, optional, tag = "1")]
+    pub marker: ::core::option::Option<MarkerOnceRequest>,
+    #[prost(message, repeated, tag = "2")]
+    pub ops: ::prost::alloc::vec::Vec<TxnOp>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TxnOnceReply {
+    #[prost(bool, tag = "1")]
+    pub already_done: bool,
+    /// The marker as it is: who did it.
+    #[prost(message, optional, tag = "2")]
+    pub marker: ::core::option::Option<Marker>,
+    /// Of the operations; empty with `already_done`.
+    #[prost(message, repeated, tag = "3")]
+    pub answers: ::prost::alloc::vec::Vec<TxnAnswer>,
+    #[prost(bool, tag = "4")]
+    pub unconfirmed: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TxnOp {
+    #[prost(
+        oneof = "txn_op::Op",
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43"
+    )]
+    pub op: ::core::option::Option<txn_op::Op>,
+}
+/// Nested message and enum types in `TxnOp`.
+pub mod txn_op {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Op {
+        #[prost(message, tag = "1")]
+        Put(super::PutRequest),
+        #[prost(message, tag = "2")]
+        Delete(super::DeleteRequest),
+        #[prost(message, tag = "3")]
+        Range(super::RangeRequest),
+        #[prost(message, tag = "4")]
+        Txn(super::TxnBody),
+        #[prost(message, tag = "5")]
+        Once(super::TxnOnce),
+        #[prost(message, tag = "10")]
+        SessionCreate(super::SessionCreateRequest),
+        #[prost(message, tag = "11")]
+        SessionEnd(super::SessionEndRequest),
+        #[prost(message, tag = "20")]
+        LockAcquire(super::LockAcquireRequest),
+        #[prost(message, tag = "21")]
+        LockRelease(super::LockReleaseRequest),
+        #[prost(message, tag = "30")]
+        MarkerClaim(super::MarkerClaimRequest),
+        #[prost(message, tag = "31")]
+        MarkerConfirm(super::MarkerConfirmRequest),
+        #[prost(message, tag = "32")]
+        MarkerRelease(super::MarkerReleaseRequest),
+        #[prost(message, tag = "33")]
+        MarkerDelete(super::MarkerDeleteRequest),
+        #[prost(message, tag = "40")]
+        CounterAdd(super::CounterAddRequest),
+        #[prost(message, tag = "41")]
+        CounterSet(super::CounterSetRequest),
+        #[prost(message, tag = "42")]
+        CounterDelete(super::CounterDeleteRequest),
+        #[prost(message, tag = "43")]
+        SequenceNext(super::SequenceNextRequest),
+    }
+}
+/// The answer of the operation of the same name.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TxnAnswer {
+    #[prost(
+        oneof = "txn_answer::Answer",
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43"
+    )]
+    pub answer: ::core::option::Option<txn_answer::Answer>,
+}
+/// Nested message and enum types in `TxnAnswer`.
+pub mod txn_answer {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Answer {
+        #[prost(message, tag = "1")]
+        Put(super::PutReply),
+        #[prost(message, tag = "2")]
+        Delete(super::DeleteReply),
+        #[prost(message, tag = "3")]
+        Range(super::RangeReply),
+        #[prost(message, tag = "4")]
+        Txn(super::TxnBodyReply),
+        #[prost(message, tag = "5")]
+        Once(super::TxnOnceReply),
+        #[prost(message, tag = "10")]
+        SessionCreate(super::SessionCreateReply),
+        #[prost(message, tag = "11")]
+        SessionEnd(super::SessionEndReply),
+        #[prost(message, tag = "20")]
+        LockAcquire(super::LockAcquireReply),
+        #[prost(message, tag = "21")]
+        LockRelease(super::LockReleaseReply),
+        #[prost(message, tag = "30")]
+        MarkerClaim(super::MarkerClaimReply),
+        #[prost(message, tag = "31")]
+        MarkerConfirm(super::MarkerConfirmReply),
+        #[prost(message, tag = "32")]
+        MarkerRelease(super::MarkerReleaseReply),
+        #[prost(message, tag = "33")]
+        MarkerDelete(super::MarkerDeleteReply),
+        #[prost(message, tag = "40")]
+        CounterAdd(super::CounterAddReply),
+        #[prost(message, tag = "41")]
+        CounterSet(super::CounterSetReply),
+        #[prost(message, tag = "42")]
+        CounterDelete(super::CounterDeleteReply),
+        #[prost(message, tag = "43")]
+        SequenceNext(super::SequenceNextReply),
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod txns_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct TxnsClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> TxnsClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> TxnsClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            TxnsClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Runs a transaction. A compare that does not hold is no error: `otherwise` runs, and the answer names it. Errors: those of its operations and
+        /// requirements; INVALID (more than 128 operations by default, one thing changed twice, an operation that would wait).
+        pub async fn run(
+            &mut self,
+            request: impl tonic::IntoRequest<super::TxnRunRequest>,
+        ) -> std::result::Result<tonic::Response<super::TxnRunReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Txns/Run");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Txns", "Run"));
+            self.inner.unary(req, path, codec).await
         }
     }
 }
