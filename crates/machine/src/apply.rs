@@ -689,16 +689,22 @@ impl<'a> Commit<'a> {
         let alone = top && ops.len() == 1;
         let mut results = Vec::with_capacity(ops.len());
         self.failed = decided.failed;
-        for op in ops {
-            results.push(match op {
+        for (at, op) in ops.iter().enumerate() {
+            let result = match op {
                 Op::Txn(sub) => {
                     let decided = decisions.next().unwrap_or_default();
                     let succeeded = decided.succeeded;
                     let ops = if succeeded { &sub.then } else { &sub.otherwise };
-                    OpReply::Txn(TxnReply { succeeded, results: self.run(ops, decided, decisions, false)? })
+                    let results = self.run(ops, decided, decisions, false);
+                    results.map(|results| OpReply::Txn(TxnReply { succeeded, results }))
                 }
-                op => self.op(op, alone)?,
-            });
+                op => self.op(op, alone),
+            };
+            match result {
+                Ok(result) => results.push(result),
+                Err(rejection) if alone => return Err(rejection),
+                Err(rejection) => return Err(conditions::placed(rejection, ops, at)),
+            }
         }
         Ok(results)
     }

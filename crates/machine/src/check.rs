@@ -7,6 +7,7 @@
 //! Relies on. Only the limit of operations, which is state.
 
 use crate::command::*;
+use crate::conditions;
 use crate::reply::Rejection;
 use crate::types::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +26,9 @@ pub(crate) fn check(txn: &Txn, ops_max: u64) -> Result<(), Rejection> {
 }
 
 fn lists_max(compares: &[Compare], then: &[Op], otherwise: &[Op]) -> usize {
-    compares.len().max(then.len()).max(otherwise.len())
+    // What was added to a list by whoever read the request counts as nothing.
+    let len = |ops: &[Op]| ops.iter().filter(|op| conditions::is_said(op)).count();
+    compares.len().max(len(then)).max(len(otherwise))
 }
 
 fn check_lists(compares: &[Compare], then: &[Op], otherwise: &[Op], ops: u64, max: u64) -> Result<(), Rejection> {

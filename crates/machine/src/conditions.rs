@@ -8,7 +8,7 @@
 use crate::apply::{Commit, Machine, invalid};
 use crate::coded::{coded_enum, coded_struct};
 use crate::command::{Compare, CompareTarget, Op, RequireLock};
-use crate::markers::{Marker, state_word};
+use crate::markers::{Marker, MarkerOp, state_word};
 use crate::native::{NativeOp, Refusal, RefusalCode};
 use crate::record::Record;
 use crate::reply::{OpReply, Rejection};
@@ -81,6 +81,28 @@ impl ConditionOp {
 pub(crate) fn is_explain(op: &Op) -> bool {
     matches!(op, Op::Native(op) if matches!(**op, NativeOp::Condition(ConditionOp::Explain)))
 }
+
+/// Whether a caller wrote this operation, and not whoever read its request.
+pub(crate) fn is_said(op: &Op) -> bool {
+    let Op::Native(op) = op else { return true };
+    !matches!(**op, NativeOp::Condition(_) | NativeOp::Marker(MarkerOp::Put(_) | MarkerOp::Tell(_)))
+}
+
+/// Adds to a refusal which operation of the list was refused; one of a nested list has its own place already.
+pub(crate) fn placed(rejection: Rejection, ops: &[Op], at: usize) -> Rejection {
+    let Rejection::Refused(mut refusal) = rejection else { return rejection };
+    if is_said(&ops[at]) {
+        let place = ops[..at].iter().filter(|op| is_said(op)).count();
+        match refusal.facts.iter_mut().find(|(name, _)| **name == *PLACE) {
+            Some((_, within)) => *within = format!("{place}.{within}").into(),
+            None => refusal.facts.push((PLACE.into(), place.to_string().into())),
+        }
+    }
+    Rejection::Refused(refusal)
+}
+
+/// The fact that names an operation by its place.
+const PLACE: &str = "op";
 
 impl Commit<'_> {
     pub(crate) fn condition_op(&mut self, op: &ConditionOp) -> Result<OpReply, Rejection> {

@@ -277,7 +277,7 @@ fn compares(namespace: NamespaceId, compares: &[v1::Compare]) -> Result<Vec<Comp
     compares.iter().map(|one| compare(namespace, one)).collect()
 }
 
-fn compare(namespace: NamespaceId, request: &v1::Compare) -> Result<Compare, Refused> {
+pub(super) fn compare(namespace: NamespaceId, request: &v1::Compare) -> Result<Compare, Refused> {
     use v1::compare::{Fact, Relation as Wire};
     let start = either("compares.key", &request.key, &request.key_bytes)?;
     let end = either("compares.end", &request.end, &request.end_bytes)?;
@@ -310,7 +310,7 @@ fn ops(namespace: NamespaceId, requests: &[v1::Op], depth_max: usize) -> Result<
     requests.iter().map(|one| op(namespace, one, depth_max)).collect()
 }
 
-fn op(namespace: NamespaceId, request: &v1::Op, depth_max: usize) -> Result<Op, Refused> {
+pub(super) fn op(namespace: NamespaceId, request: &v1::Op, depth_max: usize) -> Result<Op, Refused> {
     use v1::op::Op as Wire;
     match request.op.as_ref().ok_or_else(|| refuse("op", "the operation is empty"))? {
         Wire::Put(put) => {
@@ -362,7 +362,7 @@ pub(crate) fn txn_answer(header: Option<v1::Header>, reply: &TxnReply) -> Result
     Ok(v1::TxnReply { header, succeeded: reply.succeeded, replies })
 }
 
-fn op_answer(result: &OpReply) -> Result<v1::OpReply, Refused> {
+pub(super) fn op_answer(result: &OpReply) -> Result<v1::OpReply, Refused> {
     use v1::op_reply::Result as Wire;
     let result = match result {
         OpReply::Put { prev } => Wire::Put(v1::PutReply { header: None, prev: prev.as_ref().map(record) }),

@@ -22,6 +22,7 @@ mod shown;
 mod snapshots;
 pub(crate) mod status;
 pub(crate) mod stream;
+mod txns;
 mod watches;
 
 use bytes::Bytes;
@@ -91,6 +92,8 @@ pub(crate) enum Finish {
     SessionEnd,
     /// Of a change that is mounted by `change`.
     Native(NativeFinish),
+    /// Of a transaction over all primitives.
+    Txns(txns::TxnsFinish),
 }
 
 /// What the state machine answered to a change, for whoever writes the answer.
@@ -188,7 +191,8 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     snapshots::mount(router, context);
     status::mount(router, context);
     watches::mount(router, context);
-    // Last: it takes the plans of all the others.
+    // Last: they take the plans of all the others.
+    txns::mount(router, context);
     stream::mount(router, context);
 }
 
@@ -289,6 +293,14 @@ impl Finish {
                 return Err(Box::new(words::not_retained()));
             }
             return finish(context, Changed { header, reply, remaining_ms }).map(Answer::Unary);
+        }
+        if let Self::Txns(finish) = self {
+            if let [OpReply::ResultNotRetained] = result.results[..] {
+                return Err(Box::new(words::not_retained()));
+            }
+            let mut header = header.unwrap_or_default();
+            identify(context, &mut header);
+            return finish(context, header, result, remaining_ms).map(Answer::Unary);
         }
         if let Self::Txn = self {
             return kv::txn_answer(header, &result).map(Answer::Txn);
