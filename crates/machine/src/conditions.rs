@@ -8,6 +8,7 @@
 use crate::apply::{Commit, Machine, invalid};
 use crate::coded::{coded_enum, coded_struct};
 use crate::command::{Compare, CompareTarget, Op, RequireLock};
+use crate::idempotency::RecordName;
 use crate::markers::{Marker, MarkerOp, state_word};
 use crate::native::{NativeOp, Refusal, RefusalCode};
 use crate::record::Record;
@@ -23,6 +24,14 @@ coded_struct! {
     }
 }
 
+coded_struct! {
+    /// An idempotency record under an attempt.
+    pub struct HeldAttempt as "a held attempt" {
+        pub name: RecordName,
+        pub attempt: Revision,
+    }
+}
+
 coded_enum! {
     /// What must be so for the first list of a transaction to run.
     pub enum Condition as "a condition" {
@@ -32,6 +41,8 @@ coded_enum! {
         LockHeld(HeldLock) = 2,
         /// Nobody has done the effect of this marker (a canonical name), does it or may have done it.
         MarkerAbsent(Box<str>) = 3,
+        /// It is the newest attempt of an idempotency record, and nothing has ended it.
+        AttemptValid(HeldAttempt) = 6,
     }
 }
 
@@ -141,6 +152,7 @@ impl Machine {
                 Some(marker) if marker.is_taken() => Err(taken(name, marker, self.stamp)),
                 _ => Ok(()),
             },
+            Condition::AttemptValid(held) => self.judge_attempt(namespace, &held.name, held.attempt),
         }
     }
 

@@ -1007,9 +1007,12 @@ impl Machine {
         record.filter(|record| record.state_at(self.stamp).is_some())
     }
 
-    /// Whether this is the newest attempt of the record and nothing has ended it.
-    pub fn is_attempt_valid(&self, ns: NamespaceId, name: &RecordName, attempt: Revision) -> bool {
+    /// Refuses unless this is the newest attempt of the record and nothing has ended it.
+    pub(crate) fn judge_attempt(&self, ns: NamespaceId, name: &RecordName, attempt: Revision) -> Result<(), Rejection> {
         let record = self.idempotency_record(ns, name);
-        record.is_some_and(|r| r.attempt == attempt && !matches!(r.phase(), None | Some(AttemptPhase::Released)))
+        match record {
+            Some(r) if r.attempt == attempt && !matches!(r.phase(), None | Some(AttemptPhase::Released)) => Ok(()),
+            _ => Err(fenced(name, attempt, record, self.stamp)),
+        }
     }
 }

@@ -52,7 +52,7 @@ mod waits;
 pub use apply::{BEHAVIOUR, Fault, Machine, Position};
 pub use codec::{DecodeError, MAX_DEPTH};
 pub use command::*;
-pub use conditions::{Condition, ConditionOp, ConditionReply, Failed, HeldLock};
+pub use conditions::{Condition, ConditionOp, ConditionReply, Failed, HeldAttempt, HeldLock};
 pub use configs::{Config, ConfigOp, ConfigReply};
 pub use counters::{
     BLOCK_MAX, Counter, CounterAdd, CounterDelete, CounterExpect, CounterOp, CounterReply, CounterSet, Numbers,

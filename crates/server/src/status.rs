@@ -147,7 +147,8 @@ fn code_of_refusal(code: RefusalCode) -> &'static str {
         RefusalCode::Mismatch => "MISMATCH",
         RefusalCode::NeedsReconcile => "NEEDS_RECONCILE",
         RefusalCode::Compacted => "COMPACTED",
-        RefusalCode::TooLarge | RefusalCode::ResultNotRetained => "TOO_LARGE",
+        RefusalCode::TooLarge => "TOO_LARGE",
+        RefusalCode::ResultNotRetained => "RESULT_NOT_RETAINED",
         RefusalCode::Quota => "QUOTA",
         RefusalCode::RateLimited => "RATE_LIMITED",
         RefusalCode::NotFound => "NOT_FOUND",
@@ -159,7 +160,7 @@ fn code_of_refusal(code: RefusalCode) -> &'static str {
 /// The gRPC code of a stable code, as the table of `errors.proto` has it.
 fn native_code(code: &str) -> Code {
     match code {
-        "CONFLICT" | "FENCED" | "NEEDS_RECONCILE" => Code::FailedPrecondition,
+        "CONFLICT" | "FENCED" | "NEEDS_RECONCILE" | "RESULT_NOT_RETAINED" => Code::FailedPrecondition,
         "HELD" | "DEADLOCK" | "IN_FLIGHT" => Code::Aborted,
         "TIMEOUT_WAITING" => Code::DeadlineExceeded,
         "SESSION_EXPIRED" | "NOT_FOUND" => Code::NotFound,
@@ -259,6 +260,10 @@ pub(crate) fn native_rejection(rejection: &Rejection, kind: Kind, stamp: LogTime
             refusal.facts.iter().for_each(|(name, value)| fact(&mut e, name, value));
             if refusal.retry_after_ms > 0 {
                 e.retry_after_ms = refusal.retry_after_ms;
+            }
+            if refusal.code == RefusalCode::ResultNotRetained {
+                e.outcome = v1::Outcome::Applied.into();
+                fact(&mut e, "result_not_retained", true);
             }
         }
         Rejection::DuplicateKey

@@ -111,7 +111,13 @@ fn plain_error(status: &Status) -> Error {
 fn http_status(code: &str, grpc: Code) -> StatusCode {
     match code {
         "CONFLICT" | "FENCED" => StatusCode::PRECONDITION_FAILED,
-        "HELD" | "TIMEOUT_WAITING" | "DEADLOCK" | "IN_FLIGHT" | "NEEDS_RECONCILE" | "CANCELLED" => StatusCode::CONFLICT,
+        "HELD"
+        | "TIMEOUT_WAITING"
+        | "DEADLOCK"
+        | "IN_FLIGHT"
+        | "NEEDS_RECONCILE"
+        | "RESULT_NOT_RETAINED"
+        | "CANCELLED" => StatusCode::CONFLICT,
         "SESSION_EXPIRED" | "COMPACTED" => StatusCode::GONE,
         "MISMATCH" => StatusCode::UNPROCESSABLE_ENTITY,
         "QUOTA" => StatusCode::INSUFFICIENT_STORAGE,
@@ -143,6 +149,7 @@ fn title(code: &str) -> &str {
         "IN_FLIGHT" => "The same request is still running",
         "MISMATCH" => "The request id was used for another request",
         "NEEDS_RECONCILE" => "A person or program must decide",
+        "RESULT_NOT_RETAINED" => "It has run, and its result was too large to keep",
         "COMPACTED" => "The revision is no longer kept",
         "QUOTA" => "A quota is used up",
         "RATE_LIMITED" => "Too many requests",

@@ -726,6 +726,741 @@ impl Outcome {
         }
     }
 }
+/// What a request looked like, so that another one under the same key is found out. Fingerprints of different algorithms are never compared.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Fingerprint {
+    /// Names the way in which the digest was made, with its version: 1 to 64 bytes, such as `sha256-http-1`.
+    #[prost(string, tag = "1")]
+    pub algorithm: ::prost::alloc::string::String,
+    /// 1 to 64 bytes.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub digest: ::prost::bytes::Bytes,
+}
+/// What came of an attempt. The service reads nothing of it.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyResult {
+    /// The caller's own number: an HTTP status, an exit code.
+    #[prost(uint32, tag = "1")]
+    pub status: u32,
+    /// At most 64 of 16 KiB together, in their order.
+    #[prost(message, repeated, tag = "2")]
+    pub headers: ::prost::alloc::vec::Vec<IdempotencyHeader>,
+    /// At most 256 KiB are kept; of more only the size and a digest are, and asking again is RESULT_NOT_RETAINED.
+    #[prost(string, tag = "3")]
+    pub body: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub body_bytes: ::prost::bytes::Bytes,
+    /// In a request: the body is not sent because it is too large. In an answer: it was not kept.
+    #[prost(message, optional, tag = "5")]
+    pub not_retained: ::core::option::Option<IdempotencyBodyLost>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyHeader {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub value: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyBodyLost {
+    #[prost(uint64, tag = "1")]
+    pub size: u64,
+    /// 32 bytes.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub sha256: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyCheckpoint {
+    /// 1 to 255 bytes.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// At most 16 KiB.
+    #[prost(string, tag = "2")]
+    pub data: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub data_bytes: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyBeginRequest {
+    /// Whose keys these are: the principal, the route. At most 1,024 bytes, no control characters. Equal keys of two scopes are two records.
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    /// 1 to 255 printable bytes of ASCII.
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    /// Kept by the first attempt that gives one.
+    #[prost(message, optional, tag = "3")]
+    pub fingerprint: ::core::option::Option<Fingerprint>,
+    /// The same request by other algorithms, at most 3: one of them is compared if the record was made with it.
+    #[prost(message, repeated, tag = "4")]
+    pub older_fingerprints: ::prost::alloc::vec::Vec<Fingerprint>,
+    /// 1 second to 1 hour; 0 is 60 seconds. It must be longer than the caller waits for what it does, else two may run.
+    #[prost(uint64, tag = "5")]
+    pub attempt_ttl_ms: u64,
+    /// How long the result is kept, counted from the completion: 1 minute to 30 days; 0 is 24 hours.
+    #[prost(uint64, tag = "6")]
+    pub retention_ms: u64,
+    /// Waits so long for whoever runs it, at most 1 hour: the answer comes in the commit that completes it, or grants the next attempt to the first who waits.
+    #[prost(uint64, tag = "7")]
+    pub wait_ms: u64,
+    /// Of this attempt once it is granted, and of this asker towards a dead one: both must allow it.
+    #[prost(enumeration = "Takeover", tag = "8")]
+    pub takeover: i32,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyBeginReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Not empty: the key is easy to guess or to repeat by accident.
+    #[prost(string, tag = "5")]
+    pub warning: ::prost::alloc::string::String,
+    #[prost(oneof = "idempotency_begin_reply::Result", tags = "2, 3, 4")]
+    pub result: ::core::option::Option<idempotency_begin_reply::Result>,
+}
+/// Nested message and enum types in `IdempotencyBeginReply`.
+pub mod idempotency_begin_reply {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Result {
+        /// The caller runs it.
+        #[prost(message, tag = "2")]
+        Granted(super::IdempotencyGranted),
+        /// Another one does.
+        #[prost(message, tag = "3")]
+        InFlight(super::IdempotencyInFlight),
+        /// It has run.
+        #[prost(message, tag = "4")]
+        Replay(super::IdempotencyReplay),
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyGranted {
+    /// The token of the attempt: the revision of the commit that granted it.
+    #[prost(uint64, tag = "1")]
+    pub attempt: u64,
+    /// 1 for the first.
+    #[prost(uint32, tag = "2")]
+    pub attempt_no: u32,
+    #[prost(uint64, tag = "3")]
+    pub attempt_ttl_ms: u64,
+    /// What earlier attempts kept, oldest first.
+    #[prost(message, repeated, tag = "4")]
+    pub checkpoints: ::prost::alloc::vec::Vec<IdempotencyCheckpoint>,
+    /// They are more than 8 KiB and are not told here: read the record.
+    #[prost(bool, tag = "5")]
+    pub more_checkpoints: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyInFlight {
+    #[prost(uint64, tag = "1")]
+    pub attempt: u64,
+    #[prost(uint32, tag = "2")]
+    pub attempt_no: u32,
+    /// For how long it has been running.
+    #[prost(uint64, tag = "3")]
+    pub running_ms: u64,
+    /// What is left of its lease.
+    #[prost(uint64, tag = "4")]
+    pub lease_left_ms: u64,
+    #[prost(uint64, tag = "5")]
+    pub retry_after_ms: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyReplay {
+    #[prost(message, optional, tag = "1")]
+    pub result: ::core::option::Option<IdempotencyResult>,
+    /// It failed for good.
+    #[prost(bool, tag = "2")]
+    pub failed: bool,
+    /// The attempt that finished it.
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
+    #[prost(uint32, tag = "4")]
+    pub attempt_no: u32,
+    /// How long ago it finished.
+    #[prost(uint64, tag = "5")]
+    pub finished_ms: u64,
+    /// How long ago the first attempt began.
+    #[prost(uint64, tag = "6")]
+    pub first_seen_ms: u64,
+    /// How much longer it is kept.
+    #[prost(uint64, tag = "7")]
+    pub kept_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyHeartbeatRequest {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
+    /// 0: as before.
+    #[prost(uint64, tag = "4")]
+    pub attempt_ttl_ms: u64,
+    /// From now on.
+    #[prost(enumeration = "Takeover", tag = "5")]
+    pub takeover: i32,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyHeartbeatReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// The lease from this commit on.
+    #[prost(uint64, tag = "2")]
+    pub attempt_ttl_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyCheckpointRequest {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
+    #[prost(message, optional, tag = "4")]
+    pub checkpoint: ::core::option::Option<IdempotencyCheckpoint>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyCheckpointReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// How many are kept.
+    #[prost(uint32, tag = "2")]
+    pub kept: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyCompleteRequest {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
+    /// Not given: an empty one.
+    #[prost(message, optional, tag = "4")]
+    pub result: ::core::option::Option<IdempotencyResult>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyCompleteReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// How long the result is kept.
+    #[prost(uint64, tag = "2")]
+    pub kept_ms: u64,
+    /// The body was too large: asking again is RESULT_NOT_RETAINED.
+    #[prost(bool, tag = "3")]
+    pub not_retained: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyFailRequest {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+    /// INVALID if it is not given.
+    #[prost(oneof = "idempotency_fail_request::How", tags = "4, 5")]
+    pub how: ::core::option::Option<idempotency_fail_request::How>,
+}
+/// Nested message and enum types in `IdempotencyFailRequest`.
+pub mod idempotency_fail_request {
+    /// INVALID if it is not given.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum How {
+        /// It may be tried again at once; only `true`.
+        #[prost(bool, tag = "4")]
+        Retryable(bool),
+        /// For good: this is replayed.
+        #[prost(message, tag = "5")]
+        Final(super::IdempotencyResult),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyFailReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// How long a final result is kept; 0 where it may be tried again.
+    #[prost(uint64, tag = "2")]
+    pub kept_ms: u64,
+    #[prost(bool, tag = "3")]
+    pub not_retained: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyReconcileRequest {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    /// The attempt that was looked at. 0: whichever is the newest.
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+    /// INVALID if it is not given.
+    #[prost(oneof = "idempotency_reconcile_request::Decision", tags = "4, 5, 6")]
+    pub decision: ::core::option::Option<idempotency_reconcile_request::Decision>,
+}
+/// Nested message and enum types in `IdempotencyReconcileRequest`.
+pub mod idempotency_reconcile_request {
+    /// INVALID if it is not given.
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Decision {
+        /// It did happen, with this result.
+        #[prost(message, tag = "4")]
+        Complete(super::IdempotencyResult),
+        /// It may be tried again, from its checkpoints; only `true`.
+        #[prost(bool, tag = "5")]
+        Release(bool),
+        /// The record goes, as if it had never been; only `true`.
+        #[prost(bool, tag = "6")]
+        Discard(bool),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyReconcileReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// How long the result is kept; 0 for another decision.
+    #[prost(uint64, tag = "2")]
+    pub kept_ms: u64,
+    #[prost(bool, tag = "3")]
+    pub not_retained: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyRecord {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    /// `running`, `abandoned` (the lease is over; the next asker takes over), `needs-reconcile` (the lease is over, and takeover is forbidden),
+    /// `released` (it failed and may be tried again), `completed`, `failed` (for good).
+    #[prost(string, tag = "3")]
+    pub state: ::prost::alloc::string::String,
+    /// The newest attempt.
+    #[prost(uint64, tag = "4")]
+    pub attempt: u64,
+    #[prost(uint32, tag = "5")]
+    pub attempt_no: u32,
+    /// How long ago the first attempt began.
+    #[prost(uint64, tag = "6")]
+    pub first_seen_ms: u64,
+    /// For how long the newest attempt has been running, or how long ago it finished.
+    #[prost(uint64, tag = "7")]
+    pub since_ms: u64,
+    /// Until the lease is over or the record goes; 0: it stays until somebody decides.
+    #[prost(uint64, tag = "8")]
+    pub left_ms: u64,
+    #[prost(uint64, tag = "9")]
+    pub retention_ms: u64,
+    #[prost(enumeration = "Takeover", tag = "10")]
+    pub takeover: i32,
+    #[prost(message, optional, tag = "11")]
+    pub fingerprint: ::core::option::Option<Fingerprint>,
+    #[prost(uint32, tag = "12")]
+    pub checkpoint_count: u32,
+    #[prost(message, repeated, tag = "13")]
+    pub checkpoints: ::prost::alloc::vec::Vec<IdempotencyCheckpoint>,
+    #[prost(message, optional, tag = "14")]
+    pub result: ::core::option::Option<IdempotencyResult>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyGetRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub scope: ::prost::alloc::string::String,
+    /// Answer from this member alone, which may be behind.
+    #[prost(bool, tag = "3")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub record: ::core::option::Option<IdempotencyRecord>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct IdempotencyListRequest {
+    /// Records of this scope alone, unless `all_scopes`.
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    /// Keys that begin with it.
+    #[prost(string, tag = "2")]
+    pub prefix: ::prost::alloc::string::String,
+    /// Records of every scope, by scope; `prefix` must be empty.
+    #[prost(bool, tag = "3")]
+    pub all_scopes: bool,
+    /// Only records in this state, as a record tells it. A page may then be short or empty although there is more: go on while `next` is not empty.
+    #[prost(string, tag = "4")]
+    pub state: ::prost::alloc::string::String,
+    /// The `next` of the page before.
+    #[prost(string, tag = "5")]
+    pub after: ::prost::alloc::string::String,
+    /// At most 1,000; 0 is 100.
+    #[prost(uint32, tag = "6")]
+    pub limit: u32,
+    #[prost(bool, tag = "7")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct IdempotencyListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub records: ::prost::alloc::vec::Vec<IdempotencyRecord>,
+    /// Empty: this is all.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+/// Whether a dead attempt may be followed by another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Takeover {
+    /// As it was; in a begin: allowed.
+    Default = 0,
+    Allowed = 1,
+    /// Somebody must decide: for effects that may have left and cannot be asked for.
+    Never = 2,
+}
+impl Takeover {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Default => "TAKEOVER_DEFAULT",
+            Self::Allowed => "TAKEOVER_ALLOWED",
+            Self::Never => "TAKEOVER_NEVER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "TAKEOVER_DEFAULT" => Some(Self::Default),
+            "TAKEOVER_ALLOWED" => Some(Self::Allowed),
+            "TAKEOVER_NEVER" => Some(Self::Never),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod idempotency_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct IdempotencyClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> IdempotencyClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> IdempotencyClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            IdempotencyClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Begins a key. Losing the race is no error: the answer says `in_flight`.
+        /// Errors: MISMATCH (the key was first used for another request; the facts tell the `algorithm` of the stored fingerprint), NEEDS_RECONCILE (an attempt
+        /// died, and takeover is forbidden by it or by this call; the facts tell `attempt`, `attempt_no` and the newest `checkpoint`),
+        /// RESULT_NOT_RETAINED (it has run, and its result was too large to keep; the facts tell `status`, `size` and `sha256`), QUOTA, INVALID.
+        pub async fn begin(
+            &mut self,
+            request: impl tonic::IntoRequest<super::IdempotencyBeginRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::IdempotencyBeginReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Idempotency/Begin",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Idempotency", "Begin"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Prolongs the lease of an attempt; one whose lease was over runs again, if nothing has replaced it. Errors: FENCED, INVALID.
+        pub async fn heartbeat(
+            &mut self,
+            request: impl tonic::IntoRequest<super::IdempotencyHeartbeatRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::IdempotencyHeartbeatReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Idempotency/Heartbeat",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Idempotency", "Heartbeat"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Keeps a point from which the next attempt can go on. A name stands once; kept anew it is the newest.
+        /// Errors: FENCED, QUOTA (64 of them), INVALID.
+        pub async fn checkpoint(
+            &mut self,
+            request: impl tonic::IntoRequest<super::IdempotencyCheckpointRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::IdempotencyCheckpointReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Idempotency/Checkpoint",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Idempotency", "Checkpoint"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends the attempt with its result, which is replayed until the retention is over. The same completion again is answered again.
+        /// Errors: FENCED, INVALID.
+        pub async fn complete(
+            &mut self,
+            request: impl tonic::IntoRequest<super::IdempotencyCompleteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::IdempotencyCompleteReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Idempotency/Complete",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Idempotency", "Complete"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends the attempt without success: for good, with a result that is replayed, or so that it may be tried again at once, with what was kept.
+        /// Errors: FENCED, INVALID.
+        pub async fn fail(
+            &mut self,
+            request: impl tonic::IntoRequest<super::IdempotencyFailRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::IdempotencyFailReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Idempotency/Fail",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Idempotency", "Fail"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Decides about an attempt that died: it did happen, it may be tried again, or the record goes. The attempt is fenced from then on.
+        /// Errors: IN_FLIGHT (it runs), CONFLICT (it has its result), FENCED (another attempt than the one named is the newest), NOT_FOUND, INVALID.
+        pub async fn reconcile(
+            &mut self,
+            request: impl tonic::IntoRequest<super::IdempotencyReconcileRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::IdempotencyReconcileReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Idempotency/Reconcile",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Idempotency", "Reconcile"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads one record with its checkpoints and its result. Errors: NOT_FOUND, NO_QUORUM.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::IdempotencyGetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::IdempotencyGetReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Idempotency/Get",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Idempotency", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists records by scope and key, in pages, without checkpoints and results.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::IdempotencyListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::IdempotencyListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Idempotency/List",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Idempotency", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetRequest {
     #[prost(string, tag = "1")]
