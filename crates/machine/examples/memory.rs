@@ -53,7 +53,7 @@ mod objects;
 mod ordered;
 #[path = "../src/query.rs"]
 mod query;
-#[path = "../src/queues.rs"]
+#[path = "../src/queues/mod.rs"]
 mod queues;
 #[path = "../src/record.rs"]
 mod record;

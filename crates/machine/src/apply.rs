@@ -1182,6 +1182,11 @@ impl<'a> Commit<'a> {
 
     // ---- Objects ----
 
+    /// The place of the next change among those of this commit: with the revision, a name that is never used twice.
+    pub(crate) fn place(&self) -> u32 {
+        self.index
+    }
+
     /// An object of the transaction's namespace, by kind and name.
     pub(crate) fn object_key<T: Lived>(&self, name: &[u8]) -> ObjectKey {
         ObjectKey::of::<T>(self.txn.namespace, name)

@@ -198,6 +198,16 @@ impl<T: Coded> Coded for Box<T> {
     }
 }
 
+impl<T: Coded> Coded for Arc<T> {
+    fn write(&self, b: &mut Vec<u8>) {
+        (**self).write(b);
+    }
+
+    fn read(r: &mut Reader<'_>, what: &'static str) -> Result<Self, DecodeError> {
+        T::read(r, what).map(Self::new)
+    }
+}
+
 impl<T: Coded> Coded for Option<T> {
     fn write(&self, b: &mut Vec<u8>) {
         b.option(self.as_ref(), |b, held| held.write(b));

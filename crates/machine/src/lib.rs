@@ -78,7 +78,13 @@ pub use members::MEMBERS_MAX;
 pub use native::{NativeOp, NativeReply, Refusal, RefusalCode};
 pub use objects::{Object, Stored};
 pub use query::{Counts, Memory, MemoryLimits, Overload};
-pub use queues::{Job, Queue, QueueOp, QueueReply};
+pub use queues::{
+    Ack, AckJobs, Beat, Breaker, CancelJob, ConfigureQueue, DeadFilter, Dedup, DedupScope, Delivered, Enqueue,
+    Enqueued, HowEnded, JOB_HEADERS_MAX, JOB_KEY_MAX, JOB_PAYLOAD_MAX, JOB_RESULT_MAX, JOB_STATES, JOBS_PER_CALL, Job,
+    JobEnd, JobHeartbeat, JobId, JobInfo, JobLease, JobState, JobTerms, Moved, Nack, NewJob, OnDead, OnDuplicate,
+    PastDelivery, Purge, QUEUE_NAME_MAX, Queue, QueueInfo, QueueOp, QueueReply, QueueSettings, RECEIVE_PLACES_MAX,
+    Receipt, Receive, Received, Redrive, Settled, Swept, Tally,
+};
 pub use record::{Meta, Record};
 pub use registry::{
     ActiveCheck, Check, Drain, Health, HealthCounts, Heartbeat, Instance, InstanceRef, InstanceSpec, Probe, Probed,

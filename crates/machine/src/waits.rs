@@ -184,6 +184,13 @@ impl Waits {
         self.queues.get(key).map_or(0, |q| q.order.len() as u64)
     }
 
+    /// How many places are taken in queues whose names begin with this one and a zero byte.
+    pub(crate) fn len_below(&self, key: &ObjectKey) -> u64 {
+        let from = ObjectKey::new(key.kind(), key.namespace(), &[key.name(), b"\0"].concat());
+        let below = self.queues.range(from.clone()..).take_while(|(k, _)| k.as_bytes().starts_with(from.as_bytes()));
+        below.map(|(_, queue)| queue.order.len() as u64).sum()
+    }
+
     /// Who is next.
     pub(crate) fn head(&self, key: &ObjectKey) -> Option<WaiterNumber> {
         self.queues.get(key)?.order.first().map(|(_, number)| *number)

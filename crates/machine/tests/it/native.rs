@@ -12,7 +12,7 @@ mod reservations;
 mod schedules;
 mod txns;
 
-use tenure_machine::{Machine, NamespaceId, Op};
+use tenure_machine::{Machine, NamespaceId, NativeReply, Op};
 
 pub(crate) use txns::condition;
 
@@ -67,6 +67,11 @@ pub(crate) fn op(said: &Said<'_>) -> Option<Op> {
         .or_else(|| reservations::op(said))
         .or_else(|| schedules::op(said))
         .or_else(|| txns::op(said))
+}
+
+/// An answer in words shorter than its fields.
+pub(crate) fn said(reply: &NativeReply) -> String {
+    queues::said(reply).unwrap_or_else(|| format!("{reply:?}"))
 }
 
 pub(crate) fn show(machine: &Machine, namespace: NamespaceId, what: &str, rest: &[&str]) -> Option<String> {

@@ -566,7 +566,7 @@ fn show_txn(txn: &TxnReply) -> String {
 
 fn show_op(reply: &OpReply) -> String {
     match reply {
-        OpReply::Native(reply) => format!("{reply:?}"),
+        OpReply::Native(reply) => native::said(reply),
         OpReply::Put { prev: None } => "put".into(),
         OpReply::Put { prev: Some(prev) } => format!("put, was {}", show_record(prev)),
         OpReply::Delete { deleted, prev } => {
