@@ -480,17 +480,17 @@ impl QueueOp {
 impl Commit<'_> {
     pub(crate) fn queue_op(&mut self, op: &QueueOp) -> Result<OpReply, Rejection> {
         Ok(match op {
-            QueueOp::Enqueue(enqueue) => QueueReply::Enqueued(self.enqueue(enqueue)?).into(),
-            QueueOp::Receive(receive) => return self.receive(receive, Vec::new()),
+            QueueOp::Enqueue(enqueue) => QueueReply::Enqueued(self.enqueue_jobs(enqueue)?).into(),
+            QueueOp::Receive(receive) => return self.receive_jobs(receive, Vec::new()),
             QueueOp::Ack(acks) => return self.ack_jobs(acks),
-            QueueOp::Nack(nack) => QueueReply::Moved(self.nack(nack)?).into(),
+            QueueOp::Nack(nack) => QueueReply::Moved(self.nack_job(nack)?).into(),
             QueueOp::Release(receipt) => QueueReply::Moved(self.release_job(receipt)?).into(),
-            QueueOp::Heartbeat(heartbeat) => QueueReply::Beat(self.heartbeat(heartbeat)?).into(),
-            QueueOp::Leave(receiver) => QueueReply::Left(self.leave(receiver)).into(),
+            QueueOp::Heartbeat(heartbeat) => QueueReply::Beat(self.job_heartbeat(heartbeat)?).into(),
+            QueueOp::Leave(receiver) => QueueReply::Left(self.leave_queues(receiver)).into(),
             QueueOp::Cancel(cancel) => QueueReply::Moved(self.cancel_job(cancel)?).into(),
-            QueueOp::Redrive(redrive) => QueueReply::Swept(self.redrive(redrive)?).into(),
-            QueueOp::Purge(purge) => QueueReply::Swept(self.purge(purge)?).into(),
-            QueueOp::Configure(configure) => QueueReply::Configured(Box::new(self.configure(configure)?)).into(),
+            QueueOp::Redrive(redrive) => QueueReply::Swept(self.redrive_jobs(redrive)?).into(),
+            QueueOp::Purge(purge) => QueueReply::Swept(self.purge_queue(purge)?).into(),
+            QueueOp::Configure(configure) => QueueReply::Configured(Box::new(self.configure_queue(configure)?)).into(),
         })
     }
 }

@@ -50,18 +50,18 @@ impl Commit<'_> {
     pub(crate) fn enqueue_job(&mut self, queue: &[u8], new: &NewJob) -> Result<Enqueued, Rejection> {
         let key = self.queue_for(queue)?;
         let enqueued = self.add_job(&key, new)?;
-        self.serve(&key, group_of(new));
+        self.serve_queue(&key, group_of(new));
         Ok(enqueued)
     }
 
-    pub(super) fn enqueue(&mut self, enqueue: &Enqueue) -> Result<Vec<Enqueued>, Rejection> {
+    pub(super) fn enqueue_jobs(&mut self, enqueue: &Enqueue) -> Result<Vec<Enqueued>, Rejection> {
         if enqueue.jobs.is_empty() || enqueue.jobs.len() > JOBS_PER_CALL {
             return Err(invalid(format!("one call enqueues 1 to {JOBS_PER_CALL} jobs")));
         }
         let key = self.queue_for(&enqueue.queue)?;
         // All are there before the first goes out, so that one receiver can have several.
         let added = enqueue.jobs.iter().map(|new| self.add_job(&key, new)).collect::<Result<Vec<_>, _>>()?;
-        self.serve(&key, None);
+        self.serve_queue(&key, None);
         for new in &enqueue.jobs {
             if let Some(group) = group_of(new) {
                 self.serve_group(&key, group);
@@ -91,11 +91,11 @@ impl Commit<'_> {
         let (number, jobs_max) = (queue.number, queue.settings.jobs_max);
         let dedup = new.terms.as_ref().and_then(|terms| terms.dedup.as_ref());
         if let Some(dedup) = dedup
-            && let Some(id) = self.taken(key, number, &dedup.key)
+            && let Some(id) = self.job_with_key(key, number, &dedup.key)
         {
-            return self.duplicate(key, id, new);
+            return self.duplicate_job(key, id, new);
         }
-        if jobs_max > 0 && self.unfinished(number) >= jobs_max {
+        if jobs_max > 0 && self.unfinished_jobs(number) >= jobs_max {
             let why = format!("queue `{}` has {jobs_max} jobs, which is all it may have", shown(key));
             return Err(Refusal::new(RefusalCode::Quota, why).fact("name", shown(key)).fact("limit", jobs_max).into());
         }
@@ -113,19 +113,19 @@ impl Commit<'_> {
             order: None,
         };
         job.state = match new.delay_ms {
-            0 => self.open_state(key, id, &job, false),
+            0 => self.open_job_state(key, id, &job, false),
             delay_ms => JobState::Scheduled(self.m.stamp.plus(delay_ms)),
         };
         self.put_object(&id.key(key.namespace()), job);
         Ok(Enqueued { id, duplicate: false })
     }
 
-    fn unfinished(&self, number: u64) -> u64 {
-        self.lines(number).map_or(0, |lines| lines.counts[..5].iter().sum())
+    fn unfinished_jobs(&self, number: u64) -> u64 {
+        self.queue_lines(number).map_or(0, |lines| lines.counts[..5].iter().sum())
     }
 
     /// The job that keeps others with this key out.
-    pub(super) fn taken(&self, queue: &ObjectKey, number: u64, key: &Arc<[u8]>) -> Option<JobId> {
+    pub(super) fn job_with_key(&self, queue: &ObjectKey, number: u64, key: &Arc<[u8]>) -> Option<JobId> {
         let mut ids = self.m.objects.indexes.queues.with_key(number, key);
         ids.find(|id| {
             let job = self.object::<Job>(&id.key(queue.namespace()));
@@ -133,7 +133,7 @@ impl Commit<'_> {
         })
     }
 
-    fn duplicate(&mut self, queue: &ObjectKey, id: JobId, new: &NewJob) -> Result<Enqueued, Rejection> {
+    fn duplicate_job(&mut self, queue: &ObjectKey, id: JobId, new: &NewJob) -> Result<Enqueued, Rejection> {
         let key = id.key(queue.namespace());
         let Some(job) = self.object::<Job>(&key) else { return Ok(Enqueued { id, duplicate: true }) };
         let state = job.state.name();
@@ -158,35 +158,37 @@ impl Commit<'_> {
 
     // ---- Turns and groups ----
 
-    pub(super) fn lines(&self, number: u64) -> Option<&index::Lines> {
+    pub(super) fn queue_lines(&self, number: u64) -> Option<&index::Lines> {
         self.m.objects.indexes.queues.lines(number)
     }
 
     /// The state of a job that has nothing to wait for but its group and its turn. `back`: it comes back, to the front.
-    pub(super) fn open_state(&self, key: &ObjectKey, id: JobId, job: &Job, back: bool) -> JobState {
+    pub(super) fn open_job_state(&self, key: &ObjectKey, id: JobId, job: &Job, back: bool) -> JobState {
         match job.group() {
-            Some(group) if !self.may_start(key, group, job.order.as_deref().copied().unwrap_or(id)) => JobState::Held,
-            _ => JobState::Ready(self.turn(key, job, back)),
+            Some(group) if !self.may_start_in_group(key, group, job.order.as_deref().copied().unwrap_or(id)) => {
+                JobState::Held
+            }
+            _ => JobState::Ready(self.turn_of_job(key, job, back)),
         }
     }
 
     /// Whether nothing of its group is before the job at this place.
-    fn may_start(&self, key: &ObjectKey, group: &[u8], order: JobId) -> bool {
+    fn may_start_in_group(&self, key: &ObjectKey, group: &[u8], order: JobId) -> bool {
         let Some(queue) = self.object::<Queue>(key) else { return false };
         let settings = &queue.settings;
-        let Some(group) = self.lines(queue.number).and_then(|lines| lines.group(group)) else { return true };
+        let Some(group) = self.queue_lines(queue.number).and_then(|lines| lines.group(group)) else { return true };
         let blocked = settings.on_dead == OnDead::Block && group.dead > 0;
         !blocked && group.leased < settings.group_in_flight && group.first().is_none_or(|(first, _)| first >= order)
     }
 
     /// Where a job goes in the round of tenants: a step behind the last of its own, or else into the round that is under way.
-    fn turn(&self, key: &ObjectKey, job: &Job, back: bool) -> u64 {
+    fn turn_of_job(&self, key: &ObjectKey, job: &Job, back: bool) -> u64 {
         let Some(queue) = self.object::<Queue>(key) else { return 0 };
         let tenant = job.tenant();
         let weights = &queue.settings.weights;
         let weight = weights.iter().find(|(name, _)| Some(name) == tenant).map_or(1, |(_, weight)| *weight);
         let step = STEP / u64::from(weight.clamp(1, WEIGHT_MAX));
-        let Some(lines) = self.lines(queue.number) else { return 0 };
+        let Some(lines) = self.queue_lines(queue.number) else { return 0 };
         let first = lines.first_turn(job.rank);
         match lines.last_turn(job.rank, &tenant.cloned()) {
             Some(last) if !back => last.saturating_add(step),
@@ -195,22 +197,22 @@ impl Commit<'_> {
     }
 
     /// Makes the first of a group ready if it may start. `back`: this one comes back, to the front.
-    pub(super) fn advance(&mut self, key: &ObjectKey, group: &[u8], back: Option<JobId>) {
+    pub(super) fn advance_group(&mut self, key: &ObjectKey, group: &[u8], back: Option<JobId>) {
         let Some(queue) = self.object::<Queue>(key) else { return };
-        let Some(lines) = self.lines(queue.number) else { return };
+        let Some(lines) = self.queue_lines(queue.number) else { return };
         let Some((order, id)) = lines.group(group).and_then(|group| group.first()) else { return };
         let job_key = id.key(key.namespace());
         let Some(job) = self.object::<Job>(&job_key) else { return };
-        if job.state == JobState::Held && self.may_start(key, group, order) {
+        if job.state == JobState::Held && self.may_start_in_group(key, group, order) {
             let mut job = job.clone();
-            job.state = JobState::Ready(self.turn(key, &job, back == Some(id)));
+            job.state = JobState::Ready(self.turn_of_job(key, &job, back == Some(id)));
             self.put_object(&job_key, job);
         }
     }
 
     /// A job comes back into its group before the one that was next: that one waits again.
-    fn make_room(&mut self, key: &ObjectKey, number: u64, group: &[u8], order: JobId) {
-        let first = self.lines(number).and_then(|lines| lines.group(group)).and_then(|group| group.first());
+    fn make_room_in_group(&mut self, key: &ObjectKey, number: u64, group: &[u8], order: JobId) {
+        let first = self.queue_lines(number).and_then(|lines| lines.group(group)).and_then(|group| group.first());
         let Some((_, id)) = first.filter(|(first, _)| *first > order) else { return };
         let job_key = id.key(key.namespace());
         if let Some(job) = self.object::<Job>(&job_key)
@@ -225,30 +227,30 @@ impl Commit<'_> {
     // ---- Out ----
 
     /// Gives what is ready to those who wait, after something happened to a queue and perhaps to a group there.
-    pub(super) fn serve(&mut self, key: &ObjectKey, group: Option<&Arc<[u8]>>) {
-        let Some(group) = group else { return self.serve_waiters(key, key) };
+    pub(super) fn serve_queue(&mut self, key: &ObjectKey, group: Option<&Arc<[u8]>>) {
+        let Some(group) = group else { return self.serve_receivers(key, key) };
         // In the order of arrival, as far as it is one job that has become ready.
         let place = group_place(key, group);
         let wants_group = self.m.waits.head(&place);
         let is_first = wants_group.is_some() && wants_group < self.m.waits.head(key).or(Some(WaiterNumber::MAX));
         let order = if is_first { [&place, key] } else { [key, &place] };
-        order.into_iter().for_each(|place| self.serve_waiters(key, place));
+        order.into_iter().for_each(|place| self.serve_receivers(key, place));
     }
 
     pub(super) fn serve_group(&mut self, key: &ObjectKey, group: &[u8]) {
         let place = group_place(key, group);
         if self.m.waits.head(&place).is_some() {
-            self.serve_waiters(key, &place);
+            self.serve_receivers(key, &place);
         }
     }
 
-    fn serve_waiters(&mut self, queue: &ObjectKey, place: &ObjectKey) {
+    fn serve_receivers(&mut self, queue: &ObjectKey, place: &ObjectKey) {
         while let Some(number) = self.m.waits.head(place) {
-            if !self.has_ready(queue) {
+            if !self.has_ready_job(queue) {
                 return;
             }
             let Some(receive) = self.waiting_receive(number) else { return };
-            let jobs = self.fill(queue.namespace(), &receive);
+            let jobs = self.fill_receive(queue.namespace(), &receive);
             if jobs.is_empty() {
                 return;
             }
@@ -256,9 +258,9 @@ impl Commit<'_> {
         }
     }
 
-    fn has_ready(&self, queue: &ObjectKey) -> bool {
+    fn has_ready_job(&self, queue: &ObjectKey) -> bool {
         let Some(queue) = self.object::<Queue>(queue).filter(|queue| queue.is_open()) else { return false };
-        self.lines(queue.number).is_some_and(|lines| lines.counts[3] > 0)
+        self.queue_lines(queue.number).is_some_and(|lines| lines.counts[3] > 0)
     }
 
     fn waiting_receive(&self, number: WaiterNumber) -> Option<Receive> {
@@ -272,14 +274,14 @@ impl Commit<'_> {
     }
 
     /// Delivers what there is for a receiver.
-    fn fill(&mut self, namespace: NamespaceId, receive: &Receive) -> Vec<Delivered> {
+    fn fill_receive(&mut self, namespace: NamespaceId, receive: &Receive) -> Vec<Delivered> {
         let mut jobs: Vec<Delivered> = Vec::new();
         let mut bytes = 0;
         for name in &receive.queues {
             let key = ObjectKey::of::<Queue>(namespace, name);
             while jobs.len() < receive.max as usize && bytes < ANSWER_BYTES_MAX {
-                let Some(id) = self.next_of(&key, &receive.groups) else { break };
-                let Some(job) = self.deliver(&key, id, receive) else { break };
+                let Some(id) = self.next_job_of(&key, &receive.groups) else { break };
+                let Some(job) = self.deliver_job(&key, id, receive) else { break };
                 bytes += job.payload.len();
                 jobs.push(job);
             }
@@ -287,9 +289,9 @@ impl Commit<'_> {
         jobs
     }
 
-    fn next_of(&self, key: &ObjectKey, groups: &[Arc<[u8]>]) -> Option<JobId> {
+    fn next_job_of(&self, key: &ObjectKey, groups: &[Arc<[u8]>]) -> Option<JobId> {
         let queue = self.object::<Queue>(key).filter(|queue| queue.is_open())?;
-        let lines = self.lines(queue.number)?;
+        let lines = self.queue_lines(queue.number)?;
         if groups.is_empty() {
             return lines.next();
         }
@@ -299,7 +301,7 @@ impl Commit<'_> {
         })
     }
 
-    fn deliver(&mut self, key: &ObjectKey, id: JobId, receive: &Receive) -> Option<Delivered> {
+    fn deliver_job(&mut self, key: &ObjectKey, id: JobId, receive: &Receive) -> Option<Delivered> {
         let job_key = id.key(key.namespace());
         let mut job = self.object::<Job>(&job_key)?.clone();
         let settings = &self.object::<Queue>(key)?.settings;
@@ -337,18 +339,18 @@ impl Commit<'_> {
         let group = job.group().cloned();
         self.put_object(&job_key, job);
         if let Some(group) = group {
-            self.advance(key, &group, None);
+            self.advance_group(key, &group, None);
         }
         Some(delivered)
     }
 
-    pub(super) fn receive(&mut self, receive: &Receive, settled: Vec<Settled>) -> Result<OpReply, Rejection> {
+    pub(super) fn receive_jobs(&mut self, receive: &Receive, settled: Vec<Settled>) -> Result<OpReply, Rejection> {
         check_receive(receive)?;
         if !receive.receiver.is_empty() {
-            self.leave(&receive.receiver);
+            self.leave_queues(&receive.receiver);
         }
         let namespace = self.txn.namespace;
-        let jobs = self.fill(namespace, receive);
+        let jobs = self.fill_receive(namespace, receive);
         if !jobs.is_empty() || receive.wait_ms == 0 {
             return Ok(QueueReply::Received(Received { jobs, settled }).into());
         }
@@ -378,7 +380,7 @@ impl Commit<'_> {
     }
 
     /// Ends the waits of a receiver as if their time were over.
-    pub(super) fn leave(&mut self, receiver: &[u8]) -> u64 {
+    pub(super) fn leave_queues(&mut self, receiver: &[u8]) -> u64 {
         let mut left = 0;
         for number in self.m.waits.of_owner(&OwnerKey::new(receiver, SessionId(0))) {
             let Some(receive) = self.waiting_receive(number) else { continue };
@@ -395,7 +397,7 @@ impl Commit<'_> {
     // ---- Receipts ----
 
     /// The job whose newest delivery this is the receipt of, while that is under way.
-    fn leased(&self, receipt: &Receipt) -> Result<(&Job, &JobLease), Rejection> {
+    fn leased_job(&self, receipt: &Receipt) -> Result<(&Job, &JobLease), Rejection> {
         let job = self.object::<Job>(&receipt.id.key(self.txn.namespace));
         match job.map(|job| (job, &job.state)) {
             // One commit gives a job one token, so what it delivers it cannot take back.
@@ -437,7 +439,7 @@ impl Commit<'_> {
         let mut touched: Vec<Touched> = Vec::new();
         for ack in &acks.acks {
             let id = ack.receipt.id;
-            match self.ack(ack, &mut touched) {
+            match self.ack_job(ack, &mut touched) {
                 Ok(again) => settled.push(Settled { id, again, refusal: None }),
                 Err(Rejection::Refused(refusal)) if acks.each => {
                     settled.push(Settled { id, again: false, refusal: Some(refusal) });
@@ -448,16 +450,16 @@ impl Commit<'_> {
         touched.sort_unstable();
         touched.dedup();
         for (key, group) in &touched {
-            self.serve(key, group.as_ref());
+            self.serve_queue(key, group.as_ref());
         }
         match &acks.receive {
-            Some(receive) => self.receive(receive, settled),
+            Some(receive) => self.receive_jobs(receive, settled),
             None => Ok(QueueReply::Received(Received { jobs: Vec::new(), settled }).into()),
         }
     }
 
     /// `true`: this very receipt had ended the job before.
-    fn ack(&mut self, ack: &Ack, touched: &mut Vec<Touched>) -> Result<bool, Rejection> {
+    fn ack_job(&mut self, ack: &Ack, touched: &mut Vec<Touched>) -> Result<bool, Rejection> {
         if ack.result.len() > JOB_RESULT_MAX {
             return Err(invalid(format!("a result has at most {JOB_RESULT_MAX} bytes")));
         }
@@ -468,12 +470,12 @@ impl Commit<'_> {
         {
             return Ok(true);
         }
-        let job = self.leased(&ack.receipt)?.0.clone();
+        let job = self.leased_job(&ack.receipt)?.0.clone();
         let Some(key) = self.queue_of(&job) else { return Err(self.fenced_receipt(&ack.receipt, None)) };
         let group = job.group().cloned();
         self.finish_job(&key, ack.receipt.id, job, Ending::Done(&ack.result));
         self.trim_done(&key);
-        self.tally(&key, false);
+        self.count_for_breaker(&key, false);
         touched.push((key, group));
         Ok(false)
     }
@@ -505,14 +507,14 @@ impl Commit<'_> {
             self.remove_object(&job_key);
         }
         if let Some(group) = group {
-            self.advance(key, &group, None);
+            self.advance_group(key, &group, None);
         }
     }
 
     /// Takes the oldest record of a done job where there are too many.
     fn trim_done(&mut self, key: &ObjectKey) {
         let Some(queue) = self.object::<Queue>(key) else { return };
-        let Some(lines) = self.lines(queue.number) else { return };
+        let Some(lines) = self.queue_lines(queue.number) else { return };
         if lines.counts[5] > queue.settings.done_max
             && let Some(id) = lines.oldest_done()
         {
@@ -520,32 +522,35 @@ impl Commit<'_> {
         }
     }
 
-    pub(super) fn nack(&mut self, nack: &Nack) -> Result<Moved, Rejection> {
+    pub(super) fn nack_job(&mut self, nack: &Nack) -> Result<Moved, Rejection> {
         if nack.delay_ms.is_some_and(|ms| ms > DELAY_MAX_MS) {
             return Err(invalid(format!("a delay has at most {DELAY_MAX_MS} ms")));
         }
         let error = cut(&nack.reason);
-        self.end_delivery(&nack.receipt, End { how: HowEnded::Failed, error, delay_ms: nack.delay_ms, dead: nack.dead })
+        self.end_job_delivery(
+            &nack.receipt,
+            End { how: HowEnded::Failed, error, delay_ms: nack.delay_ms, dead: nack.dead },
+        )
     }
 
     pub(super) fn release_job(&mut self, receipt: &Receipt) -> Result<Moved, Rejection> {
-        self.end_delivery(
+        self.end_job_delivery(
             receipt,
             End { how: HowEnded::Released, error: Box::default(), delay_ms: Some(0), dead: false },
         )
     }
 
-    fn end_delivery(&mut self, receipt: &Receipt, end: End) -> Result<Moved, Rejection> {
-        let job = self.leased(receipt)?.0.clone();
+    fn end_job_delivery(&mut self, receipt: &Receipt, end: End) -> Result<Moved, Rejection> {
+        let job = self.leased_job(receipt)?.0.clone();
         let Some(key) = self.queue_of(&job) else { return Err(self.fenced_receipt(receipt, None)) };
         let group = job.group().cloned();
-        let moved = self.give_back(&key, receipt.id, job, end);
-        self.serve(&key, group.as_ref());
+        let moved = self.give_job_back(&key, receipt.id, job, end);
+        self.serve_queue(&key, group.as_ref());
         Ok(moved)
     }
 
     /// Ends a delivery: the job comes back, now or later, or has come to its end.
-    fn give_back(&mut self, key: &ObjectKey, id: JobId, mut job: Job, end: End) -> Moved {
+    fn give_job_back(&mut self, key: &ObjectKey, id: JobId, mut job: Job, end: End) -> Moved {
         let JobState::Leased(lease) = &job.state else { return moved(&job, 0) };
         let lease = lease.clone();
         let past = PastDelivery {
@@ -561,7 +566,7 @@ impl Commit<'_> {
         if end.how == HowEnded::Released {
             job.attempt = job.attempt.saturating_sub(1);
         } else {
-            self.tally(key, true);
+            self.count_for_breaker(key, true);
         }
         let Some(queue) = self.object::<Queue>(key) else { return moved(&job, 0) };
         // While a breaker is open the fault is not taken for the job's.
@@ -578,10 +583,10 @@ impl Commit<'_> {
         }
         let group = job.group().cloned();
         if let Some(group) = &group {
-            self.make_room(key, job.queue, group, job.order.as_deref().copied().unwrap_or(id));
+            self.make_room_in_group(key, job.queue, group, job.order.as_deref().copied().unwrap_or(id));
         }
         job.state = match (delay_ms, &group) {
-            (0, None) => JobState::Ready(self.turn(key, &job, true)),
+            (0, None) => JobState::Ready(self.turn_of_job(key, &job, true)),
             // Its group still counts this delivery.
             (0, Some(_)) => JobState::Held,
             (delay_ms, _) => JobState::Backoff(self.m.stamp.plus(delay_ms)),
@@ -589,16 +594,16 @@ impl Commit<'_> {
         let job_key = id.key(key.namespace());
         self.put_object(&job_key, job);
         if let Some(group) = &group {
-            self.advance(key, group, Some(id));
+            self.advance_group(key, group, Some(id));
         }
         self.object::<Job>(&job_key).map_or(Moved { state: 2, delay_ms, attempt: 0 }, |job| moved(job, delay_ms))
     }
 
-    pub(super) fn heartbeat(&mut self, heartbeat: &JobHeartbeat) -> Result<Beat, Rejection> {
+    pub(super) fn job_heartbeat(&mut self, heartbeat: &JobHeartbeat) -> Result<Beat, Rejection> {
         if heartbeat.progress.as_ref().is_some_and(|progress| progress.len() > JOB_RESULT_MAX) {
             return Err(invalid(format!("a progress has at most {JOB_RESULT_MAX} bytes")));
         }
-        let (job, lease) = self.leased(&heartbeat.receipt)?;
+        let (job, lease) = self.leased_job(&heartbeat.receipt)?;
         let (mut job, mut lease) = (job.clone(), lease.clone());
         let now = self.m.stamp;
         let extend_ms = if heartbeat.extend_ms == 0 { lease.visibility_ms } else { heartbeat.extend_ms };
@@ -608,7 +613,8 @@ impl Commit<'_> {
         }
         let key = self.queue_of(&job);
         let queue = key.and_then(|key| self.object::<Queue>(&key));
-        let urgent = self.lines(job.queue).and_then(|lines| lines.first_rank()).is_some_and(|rank| rank < job.rank);
+        let urgent =
+            self.queue_lines(job.queue).and_then(|lines| lines.first_rank()).is_some_and(|rank| rank < job.rank);
         let beat = Beat {
             remaining_ms: lease.until.0 - now.0,
             cancel_requested: lease.cancel,
@@ -632,7 +638,7 @@ impl Commit<'_> {
             JobState::Leased(_) => {
                 let error = "its visibility was over".into();
                 let end = End { how: HowEnded::Expired, error, delay_ms: Some(0), dead: false };
-                self.give_back(&key, id, job, end);
+                self.give_job_back(&key, id, job, end);
             }
             _ if job.expires().is_some_and(|expires| expires <= self.m.stamp) => {
                 let why = "it was not delivered in its time to live";
@@ -640,11 +646,11 @@ impl Commit<'_> {
             }
             state => {
                 let back = matches!(state, JobState::Backoff(_));
-                job.state = self.open_state(&key, id, &job, back);
+                job.state = self.open_job_state(&key, id, &job, back);
                 self.put_object(job_key, job);
             }
         }
-        self.serve(&key, group.as_ref());
+        self.serve_queue(&key, group.as_ref());
     }
 }
 

@@ -51,7 +51,7 @@ impl Commit<'_> {
                 let group = job.group().cloned();
                 let why = if cancel.reason.is_empty() { "cancelled".into() } else { cut(&cancel.reason) };
                 self.finish_job(&key, cancel.id, job, Ending::Cancelled(&why));
-                self.serve(&key, group.as_ref());
+                self.serve_queue(&key, group.as_ref());
             }
         }
         Ok(Moved { state, delay_ms: 0, attempt })
@@ -59,7 +59,7 @@ impl Commit<'_> {
 
     // ---- Dead letters ----
 
-    pub(super) fn redrive(&mut self, redrive: &Redrive) -> Result<Swept, Rejection> {
+    pub(super) fn redrive_jobs(&mut self, redrive: &Redrive) -> Result<Swept, Rejection> {
         let (from, number) = self.known_queue(&redrive.queue)?;
         let to = if redrive.to.is_empty() { from.clone() } else { self.queue_for(&redrive.to)? };
         if redrive.filter.ids.len() > SWEPT_MAX || redrive.max as usize > SWEPT_MAX {
@@ -73,7 +73,7 @@ impl Commit<'_> {
             let group = job.group().cloned();
             let place = redrive.before.saturating_add(swept.count);
             let delay_ms = place.saturating_mul(1_000).checked_div(redrive.rate).unwrap_or(0).min(DELAY_MAX_MS);
-            if self.revive(&to, id, job, delay_ms) {
+            if self.revive_job(&to, id, job, delay_ms) {
                 swept.count += 1;
                 groups.extend(group);
             } else {
@@ -81,8 +81,8 @@ impl Commit<'_> {
             }
         }
         for key in if from == to { vec![to] } else { vec![from, to] } {
-            groups.iter().for_each(|group| self.advance(&key, group, None));
-            self.serve(&key, None);
+            groups.iter().for_each(|group| self.advance_group(&key, group, None));
+            self.serve_queue(&key, None);
             groups.iter().for_each(|group| self.serve_group(&key, group));
         }
         Ok(swept)
@@ -113,10 +113,10 @@ impl Commit<'_> {
     }
 
     /// Gives a dead job another life at the tail of its group; `false` where a job with its key is there.
-    fn revive(&mut self, to: &ObjectKey, id: JobId, mut job: Job, delay_ms: u64) -> bool {
+    fn revive_job(&mut self, to: &ObjectKey, id: JobId, mut job: Job, delay_ms: u64) -> bool {
         let Some(number) = self.object::<Queue>(to).map(|queue| queue.number) else { return false };
         if let Some(dedup) = job.dedup()
-            && self.taken(to, number, &dedup.key).is_some_and(|other| other != id)
+            && self.job_with_key(to, number, &dedup.key).is_some_and(|other| other != id)
         {
             return false;
         }
@@ -126,7 +126,7 @@ impl Commit<'_> {
         job.state = match delay_ms {
             // The group still counts it among its dead.
             0 if job.group().is_some() => JobState::Held,
-            0 => self.open_state(to, id, &job, false),
+            0 => self.open_job_state(to, id, &job, false),
             delay_ms => JobState::Scheduled(self.m.stamp.plus(delay_ms)),
         };
         self.put_object(&id.key(to.namespace()), job);
@@ -135,7 +135,7 @@ impl Commit<'_> {
 
     // ---- Purges ----
 
-    pub(super) fn purge(&mut self, purge: &Purge) -> Result<Swept, Rejection> {
+    pub(super) fn purge_queue(&mut self, purge: &Purge) -> Result<Swept, Rejection> {
         if purge.confirm != purge.queue {
             return Err(invalid("a purge is confirmed with the name of its queue"));
         }
@@ -153,10 +153,10 @@ impl Commit<'_> {
             let job_key = id.key(key.namespace());
             let Some(job) = self.object::<Job>(&job_key).cloned() else { continue };
             groups.extend(job.group().cloned());
-            count += u64::from(self.throw_away(&job_key, job));
+            count += u64::from(self.throw_job_away(&job_key, job));
         }
-        groups.iter().for_each(|group| self.advance(&key, group, None));
-        self.serve(&key, None);
+        groups.iter().for_each(|group| self.advance_group(&key, group, None));
+        self.serve_queue(&key, None);
         groups.iter().for_each(|group| self.serve_group(&key, group));
         let next = ids.last().copied().filter(|_| ids.len() == SWEPT_MAX);
         let lines = self.m.objects.indexes.queues.lines(number);
@@ -167,7 +167,7 @@ impl Commit<'_> {
     }
 
     /// Removes a job, but for the key that a window of it still keeps; `false` where no more than that was left.
-    fn throw_away(&mut self, job_key: &ObjectKey, mut job: Job) -> bool {
+    fn throw_job_away(&mut self, job_key: &ObjectKey, mut job: Job) -> bool {
         let at = self.m.stamp;
         match job.window_end().filter(|end| *end > at && job.state.finished().is_none()) {
             Some(gone) => {
@@ -184,7 +184,7 @@ impl Commit<'_> {
 
     // ---- Settings ----
 
-    pub(super) fn configure(&mut self, configure: &ConfigureQueue) -> Result<QueueSettings, Rejection> {
+    pub(super) fn configure_queue(&mut self, configure: &ConfigureQueue) -> Result<QueueSettings, Rejection> {
         let key = self.queue_for(&configure.queue)?;
         let Some(mut queue) = self.object::<Queue>(&key).cloned() else { return Err(no_queue(&key)) };
         let settings = &mut queue.settings;
@@ -199,25 +199,25 @@ impl Commit<'_> {
             queue.tripped = None;
         }
         self.put_object(&key, queue);
-        self.serve_all(&key);
+        self.serve_whole_queue(&key);
         Ok(settings)
     }
 
     /// After a change of what the whole queue may do.
-    fn serve_all(&mut self, key: &ObjectKey) {
+    fn serve_whole_queue(&mut self, key: &ObjectKey) {
         let Some(number) = self.object::<Queue>(key).map(|queue| queue.number) else { return };
         let lines = self.m.objects.indexes.queues.lines(number);
         let groups: Vec<Arc<[u8]>> =
             lines.into_iter().flat_map(|lines| lines.groups()).map(|(g, _)| g.clone()).collect();
-        groups.iter().for_each(|group| self.advance(key, group, None));
-        self.serve(key, None);
+        groups.iter().for_each(|group| self.advance_group(key, group, None));
+        self.serve_queue(key, None);
         groups.iter().for_each(|group| self.serve_group(key, group));
     }
 
     // ---- The breaker ----
 
     /// Counts the end of a delivery, where a breaker wants to know.
-    pub(super) fn tally(&mut self, key: &ObjectKey, failed: bool) {
+    pub(super) fn count_for_breaker(&mut self, key: &ObjectKey, failed: bool) {
         let Some(queue) = self.object::<Queue>(key) else { return };
         let Some(breaker) = queue.settings.breaker else { return };
         let mut queue = queue.clone();
@@ -240,7 +240,7 @@ impl Commit<'_> {
         let Some(mut queue) = self.object::<Queue>(key).cloned() else { return };
         queue.tripped = None;
         self.put_object(key, queue);
-        self.serve_all(key);
+        self.serve_whole_queue(key);
     }
 }
 
