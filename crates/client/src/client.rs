@@ -244,6 +244,14 @@ impl Client {
         v1::locks_client::LocksClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
     }
 
+    pub(crate) fn counters_of(&self, channel: Channel) -> v1::counters_client::CountersClient<Channel> {
+        v1::counters_client::CountersClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
+    }
+
+    pub(crate) fn sequences_of(&self, channel: Channel) -> v1::sequences_client::SequencesClient<Channel> {
+        v1::sequences_client::SequencesClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
+    }
+
     pub(crate) fn sessions(&self, channel: Channel) -> v1::sessions_client::SessionsClient<Channel> {
         v1::sessions_client::SessionsClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
     }

@@ -57,6 +57,7 @@ mod watch;
 
 pub use client::{Client, ClientOptions, RETRY_MAX};
 pub use clock::BootTime;
+pub use counter::{Counter, CounterAdd, CounterDelete, CounterInfo, CounterSet, Sequence, SequenceInfo};
 pub use error::{Code, Error, Holder, Outcome, Problem};
 pub use kv::{
     Compare, Comparing, Delete, DeleteReply, Get, LockProof, Op, OpReply, Put, PutReply, Range, RangeReply, Record,
