@@ -112,6 +112,14 @@ impl Machine {
         self.behaviour
     }
 
+    /// Whether the leader is about to raise the behaviour version, or this member to say what it can: a fresh cluster refuses until then what
+    /// every member of it knows.
+    pub fn awaits_behaviour(&self, member: MemberId) -> bool {
+        let has_come = self.member(member).is_some_and(MemberRecord::has_come);
+        let counted = self.members().filter(|m| m.is_live() && (m.has_come() || m.role == MemberRole::Voter));
+        !has_come || counted.map(|m| m.behaviour).min().is_some_and(|able| able > self.behaviour)
+    }
+
     /// The identity of the cluster; zero before its first entry.
     pub fn cluster(&self) -> u64 {
         self.cluster

@@ -16,6 +16,7 @@ const CHECKS: &[Check] = &[
     Check { name: "serializable_read", live: true, ready: true },
     Check { name: "linearizable_read", live: false, ready: true },
     Check { name: "non_learner", live: false, ready: true },
+    Check { name: "behaviour", live: false, ready: true },
 ];
 
 const CHECK_LIMIT: Duration = Duration::from_secs(2);
@@ -39,6 +40,20 @@ impl MemberHealth {
     }
 }
 
+impl MemberHealth {
+    /// A fresh cluster settles on the newest behaviour version that its members know within a moment; until then it refuses what needs it.
+    async fn behaviour(&self) -> Result<(), String> {
+        let waits = self
+            .context
+            .query(true, |view| view.machine.awaits_behaviour(tenure_machine::MemberId(view.identity.member())));
+        match waits.await {
+            Ok(false) => Ok(()),
+            Ok(true) => Err("the cluster has not settled on its behaviour version yet".to_owned()),
+            Err(failure) => Err(crate::status::etcd_failure(&failure).message),
+        }
+    }
+}
+
 impl Health for MemberHealth {
     fn checks(&self) -> &'static [Check] {
         CHECKS
@@ -53,6 +68,7 @@ impl Health for MemberHealth {
                     let is_learner = self.context.figures().status.is_some_and(|s| s.learners.contains(&s.member));
                     if is_learner { Err("this member is a learner: it has no vote yet".to_owned()) } else { Ok(()) }
                 }
+                "behaviour" => self.behaviour().await,
                 // A damaged member does not run.
                 _ => Ok(()),
             }
