@@ -216,7 +216,7 @@ impl Commit<'_> {
     }
 
     fn counter(&self, name: &[u8]) -> Result<(ObjectKey, Option<Counter>), Rejection> {
-        objects::check_name("counter", name)?;
+        objects::check_name("a counter", name)?;
         let key = self.object_key::<Counter>(name);
         let found = self.object::<Counter>(&key).copied();
         Ok((key, found))
@@ -224,7 +224,7 @@ impl Commit<'_> {
 
     fn sequence_next(&mut self, asked: &SequenceNext) -> Result<CounterReply, Rejection> {
         let SequenceNext { name, block, at_least } = asked;
-        objects::check_name("sequence", name)?;
+        objects::check_name("a sequence", name)?;
         if !(1..=BLOCK_MAX).contains(block) {
             return Err(invalid(format!("a call takes 1 to {BLOCK_MAX} numbers")));
         }

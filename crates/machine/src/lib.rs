@@ -58,7 +58,10 @@ pub use counters::{
     BLOCK_MAX, Counter, CounterAdd, CounterDelete, CounterExpect, CounterOp, CounterReply, CounterSet, Numbers,
     SEQUENCE_MAX, Sequence, SequenceNext,
 };
-pub use elections::{Election, ElectionOp, ElectionReply};
+pub use elections::{
+    Campaign, CampaignWait, Candidate, ELECTION_VALUE_MAX, Elected, Election, ElectionInfo, ElectionOp, ElectionReply,
+    Leader, Left, Proclaim, Resign, Withdraw, Withdrawn,
+};
 pub use idempotency::{
     AttemptBegin, AttemptCheckpoint, AttemptComplete, AttemptDecision, AttemptFail, AttemptGranted, AttemptHeartbeat,
     AttemptInFlight, AttemptPhase, AttemptPoint, AttemptReconcile, AttemptReplay, BadField, DoneRecord, Fingerprint,

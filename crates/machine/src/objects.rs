@@ -423,7 +423,7 @@ fn bytes(key: &ObjectKey, object: &Object) -> u64 {
 /// Refuses a name that no object of a kind has.
 pub(crate) fn check_name(kind: &str, name: &[u8]) -> Result<(), Rejection> {
     if name.is_empty() || name.len() > NAME_BYTES_MAX {
-        return Err(invalid(format!("the name of a {kind} has 1 to {NAME_BYTES_MAX} bytes")));
+        return Err(invalid(format!("the name of {kind} has 1 to {NAME_BYTES_MAX} bytes")));
     }
     Ok(())
 }
