@@ -23,6 +23,8 @@ mod conditions;
 mod configs;
 #[path = "../src/counters.rs"]
 mod counters;
+#[path = "../src/deadlocks.rs"]
+mod deadlocks;
 #[path = "../src/elections.rs"]
 mod elections;
 #[path = "../src/history.rs"]

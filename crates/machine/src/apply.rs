@@ -14,7 +14,9 @@ use crate::command::*;
 use crate::conditions::{self, Failed};
 use crate::history::{Marks, Ring, Sums};
 use crate::keys::Keys;
-use crate::locks::{Lock, LockKey, Locks};
+use crate::lock_events::{LockEvent, LockEventKind};
+use crate::lock_ops::{self, Want};
+use crate::locks::{HoldKey, Lock, LockHold, LockKey, Locks, Plain, Shape};
 use crate::members::{self, Members};
 use crate::native::{PRIMITIVES, Refusal, RefusalCode};
 use crate::objects::{self, Lived, Object, ObjectKey, Objects};
@@ -24,7 +26,7 @@ use crate::requests::{Requests, Seen};
 use crate::sessions::{self, Session, SessionFacts, Sessions};
 use crate::snapshot::Running;
 use crate::types::*;
-use crate::waits::{Ask, OwnerKey, Waiter, WaiterNumber, Waits};
+use crate::waits::{Ask, Waiter, WaiterNumber, Waits};
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -116,6 +118,15 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
+/// What happened to locks since this member started: for metrics, not of the state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LockCounts {
+    /// Waits that would never have ended.
+    pub deadlocks: u64,
+    /// Searches for deadlocks that found too much to look at.
+    pub searches_given_up: u64,
+}
+
 /// The replicated state machine.
 pub struct Machine {
     pub(crate) position: Position,
@@ -141,6 +152,7 @@ pub struct Machine {
     // Of this member, not of the state: nothing below is read by apply.
     pub(crate) memory_limits: crate::query::MemoryLimits,
     pub(crate) snapshot: Option<Running>,
+    pub(crate) lock_counts: LockCounts,
     /// The newest behaviour version that this member takes part in.
     known: u16,
 }
@@ -175,6 +187,7 @@ impl Machine {
             sums: Sums::new(Index(0), 0),
             memory_limits: crate::query::MemoryLimits::default(),
             snapshot: None,
+            lock_counts: LockCounts::default(),
             known: BEHAVIOUR,
         }
     }
@@ -204,6 +217,7 @@ impl Machine {
         self.position = at;
         self.stamp = batch.stamp;
         self.end_due_waits(out);
+        self.tell_due_locks(out);
         self.tell_due_objects(out);
         self.requests.drop_old(self.stamp, batch.txns.len());
         for (number, txn) in (batch.origin.first..).zip(&batch.txns) {
@@ -263,16 +277,62 @@ impl Machine {
     fn end_due_waits(&mut self, out: &mut Applied) {
         let mut left = BTreeSet::new();
         while let Some(number) = self.waits.due(self.stamp) {
+            self.note_vain_wait(number, out);
             let Some(waiter) = self.waits.set(number, None) else { break };
             left.extend(waiter.on.iter().cloned());
             let result = self.wait_over(&waiter);
             self.answer_waiter(number, waiter, result, out);
         }
-        let system = Txn::default();
         for key in left {
-            let mut commit = Commit::new(self, &system, Ticket::default(), out, true);
-            objects::waiter_gone(&mut commit, &key);
-            commit.finish();
+            match LockKey::of_object(&key) {
+                Some(lock) => self.serve_waiters(&lock, out),
+                None => self.system_commit(out, |commit| {
+                    objects::waiter_gone(commit, &key);
+                    Ok(())
+                }),
+            }
+        }
+    }
+
+    /// Tells the locks of a wait that it was in vain.
+    fn note_vain_wait(&mut self, number: WaiterNumber, out: &mut Applied) {
+        if self.behaviour < PRIMITIVES {
+            return;
+        }
+        let system = Txn::default();
+        let mut commit = Commit::new(self, &system, Ticket::default(), out, true);
+        if let Some(event) = commit.waiter_event(LockEventKind::TimedOut, number) {
+            let keys = commit.m.waits.get(number).map(|w| lock_ops::keys_of(&w.on)).unwrap_or_default();
+            for key in keys {
+                commit.lock_event(&key, event.clone());
+            }
+        }
+        commit.finish();
+    }
+
+    /// A waiter has gone from the queue of a lock: whoever was behind it may have room. A plain lock has none while it is held.
+    fn serve_waiters(&mut self, key: &LockKey, out: &mut Applied) {
+        if matches!(self.locks.get(key), Some(Lock::Plain(_))) {
+            return;
+        }
+        self.system_commit(out, |commit| commit.serve([key.clone()]));
+    }
+
+    /// Each lock of which something ends by itself, in a commit of its own.
+    fn tell_due_locks(&mut self, out: &mut Applied) {
+        for _ in 0..DUE_PER_ENTRY {
+            let Some(key) = self.locks.first_due(self.stamp) else { return };
+            self.system_commit(out, |commit| commit.lock_due(&key));
+        }
+    }
+
+    /// A commit that no transaction asked for.
+    fn system_commit(&mut self, out: &mut Applied, run: impl FnOnce(&mut Commit<'_>) -> Result<(), Rejection>) {
+        let system = Txn::default();
+        let mut commit = Commit::new(self, &system, Ticket::default(), out, true);
+        match run(&mut commit) {
+            Ok(()) => drop(commit.finish()),
+            Err(_) => commit.undo(),
         }
     }
 
@@ -287,7 +347,7 @@ impl Machine {
         let on = waiter.on.first();
         let name = on.map_or(&b""[..], ObjectKey::name);
         if let Some(lock) = on.and_then(LockKey::of_object) {
-            let holder = self.locks.get(&lock).map(|lock| lock.holder.clone());
+            let holder = self.locks.get(&lock).and_then(Lock::holder).cloned();
             return Err(Rejection::TimeoutWaiting { name: name.into(), waited_ms, holder });
         }
         let why = format!("waited {waited_ms} ms for `{}` in vain", name.escape_ascii());
@@ -421,7 +481,7 @@ impl Machine {
 
     pub(crate) fn check_requirement(&self, namespace: NamespaceId, required: &RequireLock) -> Result<(), Rejection> {
         let lock = self.locks.get(&LockKey::new(namespace, &required.name));
-        if lock.is_some_and(|l| l.holder.token == required.token) {
+        if lock.is_some_and(|lock| lock.is_held_under(required.token)) {
             return Ok(());
         }
         Err(fenced(&required.name, required.token, lock))
@@ -500,12 +560,12 @@ fn relates(compare: &Compare, meta: &Meta, value: Option<&[u8]>) -> bool {
     }
 }
 
-fn fenced(name: &[u8], presented: Revision, lock: Option<&Lock>) -> Rejection {
+pub(crate) fn fenced(name: &[u8], presented: Revision, lock: Option<&Lock>) -> Rejection {
     Rejection::Fenced {
         name: name.into(),
         presented,
-        newest: lock.map_or(Revision(0), |l| l.holder.token),
-        holder: lock.map(|l| l.holder.clone()),
+        newest: lock.map_or(Revision(0), Lock::newest),
+        holder: lock.and_then(Lock::holder).cloned(),
     }
 }
 
@@ -550,14 +610,18 @@ pub(crate) mod sum_event {
     pub(crate) const MEMBER: u64 = 5;
     pub(crate) const RESTORED: u64 = 6;
     pub(crate) const OBJECT: u64 = 7;
+    pub(crate) const LOCK_HOLD: u64 = 8;
 }
 
 /// How to take back one step.
-enum Undo {
+pub(crate) enum Undo {
     Session(SessionId, Option<Session>),
     Attach(SessionId, Key),
     Detach(SessionId, Key),
     Lock(LockKey, Option<Lock>),
+    LockShape(LockKey, Option<Shape>),
+    LockHold(LockKey, HoldKey, Option<Box<LockHold>>),
+    LockEvent(ObjectKey, Option<Box<LockEvent>>),
     Waiter(WaiterNumber, Option<Waiter>),
     Object(ObjectKey, Option<Arc<Object>>),
 }
@@ -578,13 +642,19 @@ pub(crate) struct Commit<'a> {
     keys_changed: bool,
     changes_before: usize,
     events_before: usize,
-    undo: Vec<Undo>,
+    pub(crate) undo: Vec<Undo>,
     /// Waits that it ends, with their answers.
     answers: Vec<(WaiterNumber, Waiter, Result<OpReply, Rejection>)>,
     ended: Vec<SessionId>,
     /// Tokens given by this commit: an object gets one token of a revision once.
     created: Vec<SessionId>,
     granted: Vec<LockKey>,
+    /// Of those the exclusive ones.
+    granted_alone: Vec<LockKey>,
+    /// Wide locks that it has changed: their watchers are told once, of what they are in the end.
+    pub(crate) touched: BTreeSet<LockKey>,
+    /// Permits that it has granted, by their places.
+    pub(crate) slots_given: Vec<(LockKey, u32)>,
     /// The wait that it became.
     joined: Option<WaiterNumber>,
     /// The operation at hand is the only one, so it may become a wait.
@@ -609,6 +679,9 @@ impl<'a> Commit<'a> {
             ended: Vec::new(),
             created: Vec::new(),
             granted: Vec::new(),
+            granted_alone: Vec::new(),
+            touched: BTreeSet::new(),
+            slots_given: Vec::new(),
             joined: None,
             alone: false,
             numbered: Vec::new(),
@@ -622,7 +695,10 @@ impl<'a> Commit<'a> {
     }
 
     /// Makes it final. `Some`: the transaction has become a wait.
-    fn finish(self) -> Option<WaiterNumber> {
+    fn finish(mut self) -> Option<WaiterNumber> {
+        while let Some(lock) = self.touched.pop_first() {
+            self.tell(&lock);
+        }
         let Self { m, out, .. } = self;
         if self.index > 0 {
             m.revision = self.at;
@@ -642,9 +718,16 @@ impl<'a> Commit<'a> {
             }
         }
         for step in &self.undo {
-            if let Undo::Object(key, _) = step {
-                let [name, digest] = objects::sum_parts(key, m.objects.any(key).map(|object| &**object));
-                m.sums.event([sum_event::OBJECT, name, digest]);
+            match step {
+                Undo::Object(key, _) => {
+                    let [name, digest] = objects::sum_parts(key, m.objects.any(key).map(|object| &**object));
+                    m.sums.event([sum_event::OBJECT, name, digest]);
+                }
+                Undo::LockHold(key, at, _) => {
+                    let depth = m.locks.wide(key).and_then(|wide| wide.holds.get(at)).map_or(0, |hold| hold.depth);
+                    m.sums.event([sum_event::LOCK_HOLD, at.0.0, u64::from(depth)]);
+                }
+                _ => {}
             }
         }
         for session in self.ended {
@@ -671,6 +754,9 @@ impl<'a> Commit<'a> {
                 Undo::Attach(id, key) => drop(m.sessions.detach(id, key.as_bytes())),
                 Undo::Detach(id, key) => drop(m.sessions.attach(id, key.as_bytes())),
                 Undo::Lock(key, old) => drop(m.locks.set_lock(&key, old)),
+                Undo::LockShape(key, old) => drop(m.locks.set_shape(&key, old)),
+                Undo::LockHold(key, at, old) => drop(m.locks.set_hold(&key, at, old.map(|hold| *hold))),
+                Undo::LockEvent(key, gone) => m.objects.pop_lock_event(&key, gone.map(|event| *event)),
                 Undo::Waiter(number, old) => drop(m.waits.set(number, old)),
                 Undo::Object(key, old) => drop(m.objects.set(&key, old)),
             }
@@ -721,9 +807,12 @@ impl<'a> Commit<'a> {
             Op::SessionCheckpoint { session, token, remaining_ms } => {
                 Ok(self.session_checkpoint(*session, *token, *remaining_ms))
             }
-            Op::LockAcquire(acquire) => self.lock_acquire(acquire, alone),
-            Op::LockRelease { name, session, token } => self.lock_release(name, *session, *token),
-            Op::LockCancel { name, session, request } => Ok(self.lock_cancel(name, *session, request.as_ref())),
+            Op::LockAcquire(acquire) => self.lock_acquire(acquire),
+            Op::LockRelease { name, session, token } => {
+                check_name(name)?;
+                self.release(name, *session, *token, None)
+            }
+            Op::LockCancel { name, session, request } => self.lock_cancel(name, *session, request.as_ref()),
             Op::Native(_) if self.m.behaviour < PRIMITIVES => Err(Rejection::NotYet { behaviour: PRIMITIVES }),
             Op::Native(op) => self.native(op),
             // What cannot be undone stands alone.
@@ -757,7 +846,7 @@ impl<'a> Commit<'a> {
         if self.index > 0 { self.at } else { self.base }
     }
 
-    fn next_index(&mut self) -> u32 {
+    pub(crate) fn next_index(&mut self) -> u32 {
         self.index += 1;
         self.index - 1
     }
@@ -804,10 +893,15 @@ impl<'a> Commit<'a> {
 
     /// Whether a session may own one thing more.
     pub(crate) fn check_things(&self, owner: SessionId) -> Result<(), Rejection> {
+        self.check_room(owner, 1)
+    }
+
+    /// Whether a session may own so many things more.
+    fn check_room(&self, owner: SessionId, more: u64) -> Result<(), Rejection> {
         let limit = self.m.limit(Limit::SessionThings);
         let m = &self.m;
         let keys_and_locks = m.sessions.key_count(owner) + m.locks.lock_count(owner);
-        if keys_and_locks + m.waits.count(owner) + m.objects.session_count(owner) >= limit {
+        if keys_and_locks + m.waits.count(owner) + m.objects.session_count(owner) + more > limit {
             return Err(Rejection::Quota { what: name::SESSION_THINGS, limit });
         }
         Ok(())
@@ -872,7 +966,7 @@ impl<'a> Commit<'a> {
 
     // ---- Sessions ----
 
-    fn set_session(&mut self, id: SessionId, session: Option<Session>) {
+    pub(crate) fn set_session(&mut self, id: SessionId, session: Option<Session>) {
         let old = self.m.sessions.set(id, session);
         self.undo.push(Undo::Session(id, old));
     }
@@ -965,9 +1059,12 @@ impl<'a> Commit<'a> {
                 OnExpire::Release => self.disown(key.as_bytes()),
             }
         }
-        for lock in self.m.locks.locks_of(id) {
-            self.free(&lock)?;
-        }
+        let dropped = self.drop_holds_of(id)?;
+        // Whoever waited behind one of its waits is served, too; a plain lock has no room for them.
+        let waited = left.iter().filter_map(LockKey::of_object);
+        let waited: Vec<LockKey> =
+            waited.filter(|key| !matches!(self.m.locks.get(key), Some(Lock::Plain(_)))).collect();
+        self.serve(dropped.into_iter().chain(waited))?;
         for object in self.m.objects.of_session(id) {
             objects::session_ended(self, &object, id);
         }
@@ -997,74 +1094,46 @@ impl<'a> Commit<'a> {
 
     // ---- Locks ----
 
-    fn lock_acquire(&mut self, acquire: &LockAcquire, alone: bool) -> Result<OpReply, Rejection> {
+    fn lock_acquire(&mut self, acquire: &LockAcquire) -> Result<OpReply, Rejection> {
         check_name(&acquire.name)?;
         if acquire.owner.len() > crate::locks::NAME_BYTES_MAX {
             return Err(invalid("the owner's name is too long"));
         }
-        let session = self.check_acquirer(acquire)?;
+        let session = self.check_acquirer(acquire.session, acquire.create.as_ref(), 1)?;
         let key = LockKey::new(self.txn.namespace, &acquire.name);
-        let Some(lock) = self.m.locks.get(&key) else {
-            self.create_for(acquire);
+        if self.m.locks.get(&key).is_none() && !self.m.waits.any_of_several() {
+            self.create_session_of(acquire.create.as_ref());
             return Ok(OpReply::LockGranted(self.grant(&key, session, acquire.owner.clone())?));
-        };
-        let owner = OwnerKey::new(&acquire.owner, session);
-        let held_by = OwnerKey::new(&lock.holder.owner, lock.holder.session);
-        if owner == held_by || self.m.waits.is_waiting(&key.object(), &owner) {
-            return Err(Rejection::Deadlock { name: acquire.name.clone(), holder: lock.holder.clone() });
         }
-        let waiters = self.m.waits.len(&key.object());
-        let deadline = match acquire.wait {
-            Wait::None | Wait::Ms(0) => {
-                return Err(Rejection::Held { name: acquire.name.clone(), holder: lock.holder.clone(), waiters });
-            }
-            Wait::Ms(ms) => Some(self.m.stamp.plus(ms)),
-            Wait::Forever => None,
-        };
-        if !alone {
-            return Err(invalid("an acquire that may wait must be the only operation of its transaction"));
-        }
-        let limit = self.m.limit(Limit::LockWaiters);
-        if waiters >= limit {
-            return Err(Rejection::Quota { what: name::WAITERS, limit });
-        }
-        self.create_for(acquire);
-        self.join(key, acquire, session, deadline);
-        Ok(OpReply::Done)
+        let want = Want::of_acquire(key, acquire, session);
+        self.acquire(&want, acquire.wait, acquire.create.as_ref(), || Ask::Exclusive)
     }
 
-    /// The session that will hold the lock: a live one, or one that may be made.
-    fn check_acquirer(&self, acquire: &LockAcquire) -> Result<SessionId, Rejection> {
-        let Some(create) = &acquire.create else {
-            let id = acquire.session;
-            let session = self.m.sessions.get(id).ok_or(Rejection::SessionExpired { session: id })?;
+    /// The session that will hold so many locks: a live one, or one that may be made.
+    pub(crate) fn check_acquirer(
+        &self,
+        id: SessionId,
+        create: Option<&SessionCreate>,
+        locks: u64,
+    ) -> Result<SessionId, Rejection> {
+        let Some(create) = create else {
+            let session = self.live_session(id)?;
             if session.is_native() {
-                self.check_things(id)?;
+                self.check_room(id, locks)?;
             }
             return Ok(id);
         };
-        if acquire.session != SessionId(0) && acquire.session != create.id {
+        if id != SessionId(0) && id != create.id {
             return Err(invalid("an acquire that makes a session holds the lock under it"));
         }
         self.check_create(create)?;
         Ok(create.id)
     }
 
-    fn create_for(&mut self, acquire: &LockAcquire) {
-        if let Some(create) = &acquire.create {
+    pub(crate) fn create_session_of(&mut self, create: Option<&SessionCreate>) {
+        if let Some(create) = create {
             self.create(create);
         }
-    }
-
-    fn join(&mut self, lock: LockKey, acquire: &LockAcquire, session: SessionId, deadline: Option<LogTime>) {
-        self.wait(Place {
-            on: vec![lock.object()],
-            rank: 0,
-            session,
-            owner: acquire.owner.clone(),
-            deadline,
-            ask: Ask::Exclusive,
-        });
     }
 
     /// Makes the operation at hand, which must be `alone`, a wait: its caller is answered when that ends.
@@ -1096,34 +1165,61 @@ impl<'a> Commit<'a> {
         if self.alone { Ok(()) } else { Err(refused()) }
     }
 
-    fn set_lock(&mut self, key: &LockKey, lock: Option<Lock>) {
+    pub(crate) fn set_lock(&mut self, key: &LockKey, lock: Option<Lock>) {
         let old = self.m.locks.set_lock(key, lock);
         self.undo.push(Undo::Lock(key.clone(), old));
     }
 
-    /// Gives the lock to a live session. Its token is this commit's revision, so a commit can grant a lock only once.
-    fn grant(&mut self, key: &LockKey, session: SessionId, owner: Box<[u8]>) -> Result<LockGrant, Rejection> {
-        if self.granted.contains(key) {
+    /// Notes that this commit's revision becomes a token of the lock: once, unless it is one of several who hold it beside one another.
+    pub(crate) fn note_grant(&mut self, key: &LockKey, alone: bool) -> Result<(), Rejection> {
+        if self.granted_alone.contains(key) || (alone && self.granted.contains(key)) {
             return Err(invalid(format!("one transaction grants lock `{}` once", key.name().escape_ascii())));
         }
+        let list = if alone { &mut self.granted_alone } else { &mut self.granted };
+        list.push(key.clone());
+        Ok(())
+    }
+
+    pub(crate) fn push_change(&mut self, change: Change) {
+        self.out.changes.push(change);
+    }
+
+    /// Gives the lock, alone and without conditions, to a live session. Its token is this commit's revision, so a commit can grant a lock only once.
+    pub(crate) fn grant(
+        &mut self,
+        key: &LockKey,
+        session: SessionId,
+        owner: Box<[u8]>,
+    ) -> Result<LockGrant, Rejection> {
+        self.note_grant(key, true)?;
         let facts =
             self.m.sessions.get(session).map(|s| s.facts.clone()).ok_or(Rejection::SessionExpired { session })?;
-        let before = self.m.locks.get(key).map(|lock| lock.record(key));
-        let lock =
-            Lock { holder: Holder { token: self.at, session, owner, since: self.m.stamp }, index: self.next_index() };
-        self.out.changes.push(Change { record: lock.record(key), before });
-        self.set_lock(key, Some(lock));
-        self.granted.push(key.clone());
+        let before = match self.m.locks.get(key) {
+            Some(Lock::Plain(plain)) => Some(plain.record(key)),
+            _ => None,
+        };
+        let holder = Holder { token: self.at, session, owner, since: self.m.stamp };
+        self.lock_event(key, LockEvent::of(LockEventKind::Granted, &holder, self.m.stamp, 0));
+        let plain = Plain { holder, index: self.next_index() };
+        self.out.changes.push(Change { record: plain.record(key), before });
+        self.set_lock(key, Some(Lock::Plain(plain)));
         Ok(LockGrant { token: self.at, session, session_token: facts.token, ttl_ms: facts.create.ttl_ms })
     }
 
-    /// Takes the lock from its holder and gives it to the first waiter, if there is one.
+    /// Takes a plain lock from its holder and gives it to the first waiter, if there is one.
     ///
     /// Every waiter here is of a live session and in time: the waits of a session end with it, and due waits ended before
     /// the first transaction of the entry.
-    fn free(&mut self, key: &LockKey) -> Result<(), Rejection> {
-        if let Some(number) = self.m.waits.head(&key.object())
+    pub(crate) fn free(&mut self, key: &LockKey, why: LockEventKind, detail: &str) -> Result<(), Rejection> {
+        let Some(Lock::Plain(plain)) = self.m.locks.get(key) else { return Ok(()) };
+        let held_ms = self.m.stamp.0.saturating_sub(plain.holder.since.0);
+        let event = LockEvent::of(why, &plain.holder, self.m.stamp, held_ms);
+        self.lock_event(key, LockEvent { detail: detail.into(), ..event });
+        let queue = key.object();
+        let next = self.m.waits.head(&queue);
+        if let Some(number) = next
             && let Some(waiter) = self.m.waits.get(number)
+            && waiter.ask == Ask::Exclusive
         {
             debug_assert!(waiter.deadline.is_none_or(|deadline| deadline > self.m.stamp));
             let (session, owner) = (waiter.session, waiter.owner.clone());
@@ -1131,13 +1227,18 @@ impl<'a> Commit<'a> {
             self.end_wait(number, Ok(OpReply::LockGranted(grant)));
             return Ok(());
         }
-        if let Some(lock) = self.m.locks.get(key) {
-            let before = lock.record(key);
-            let index = self.next_index();
-            self.out
-                .changes
-                .push(Change { record: tombstone(&key.native_key(), self.at, index), before: Some(before) });
-            self.set_lock(key, None);
+        let before = self.m.locks.get(key).and_then(|lock| match lock {
+            Lock::Plain(plain) => Some(plain.record(key)),
+            Lock::Wide(_) => None,
+        });
+        self.set_lock(key, None);
+        if next.is_some() {
+            self.serve([key.clone()])?;
+        }
+        if self.m.locks.get(key).is_none() {
+            let record = tombstone(&key.native_key(), self.at, self.next_index());
+            self.out.changes.push(Change { record, before });
+            self.touched.remove(key);
         }
         Ok(())
     }
@@ -1150,23 +1251,12 @@ impl<'a> Commit<'a> {
         }
     }
 
-    fn lock_release(&mut self, name: &[u8], session: SessionId, token: Revision) -> Result<OpReply, Rejection> {
-        check_name(name)?;
-        let key = LockKey::new(self.txn.namespace, name);
-        let lock = self.m.locks.get(&key);
-        if !lock.is_some_and(|l| l.holder.session == session && l.holder.token == token) {
-            let again = self.m.sessions.get(session).is_some_and(|s| s.has_released(&key, token));
-            return if again { Ok(OpReply::LockReleased) } else { Err(fenced(name, token, lock)) };
-        }
-        self.free(&key)?;
-        if let Some(mut holder) = self.m.sessions.get(session).cloned() {
-            holder.remember_release(key, token);
-            self.set_session(session, Some(holder));
-        }
-        Ok(OpReply::LockReleased)
-    }
-
-    fn lock_cancel(&mut self, name: &[u8], session: SessionId, request: Option<&RequestId>) -> OpReply {
+    fn lock_cancel(
+        &mut self,
+        name: &[u8],
+        session: SessionId,
+        request: Option<&RequestId>,
+    ) -> Result<OpReply, Rejection> {
         let key = LockKey::new(self.txn.namespace, name);
         let queue = key.object();
         let mut waits = self.m.waits.of_session(session);
@@ -1174,10 +1264,18 @@ impl<'a> Commit<'a> {
             let waiter = self.m.waits.get(*number).filter(|w| w.on.contains(&queue));
             waiter.is_some_and(|w| request.is_none_or(|r| w.request.is_some_and(|own| is_same(&own, r))))
         });
+        let mut freed = Vec::new();
         for number in &waits {
+            if let Some(event) = self.waiter_event(LockEventKind::Cancelled, *number) {
+                self.lock_event(&key, event);
+            }
+            freed.extend(self.m.waits.get(*number).map(|w| lock_ops::keys_of(&w.on)).unwrap_or_default());
             self.end_wait(*number, Err(Rejection::Cancelled { name: name.into() }));
         }
-        OpReply::LockCancelled { waiters: waits.len() as u64 }
+        // A plain lock has no room for those behind.
+        freed.retain(|key| !matches!(self.m.locks.get(key), Some(Lock::Plain(_))));
+        self.serve(freed)?;
+        Ok(OpReply::LockCancelled { waiters: waits.len() as u64 })
     }
 
     // ---- Objects ----
@@ -1215,6 +1313,12 @@ impl<'a> Commit<'a> {
             // What it was is not told to watchers: an object says all that it is.
             self.out.changes.push(Change { record, before: None });
         }
+        self.undo.push(Undo::Object(key.clone(), old));
+    }
+
+    /// Puts, replaces or removes an object that nobody watches, without taking a revision.
+    pub(crate) fn set_object_silently(&mut self, key: &ObjectKey, new: Option<Arc<Object>>) {
+        let old = self.m.objects.set(key, new);
         self.undo.push(Undo::Object(key.clone(), old));
     }
 
@@ -1264,7 +1368,7 @@ impl<'a> Commit<'a> {
     }
 }
 
-fn check_name(name: &[u8]) -> Result<(), Rejection> {
+pub(crate) fn check_name(name: &[u8]) -> Result<(), Rejection> {
     if name.is_empty() {
         return Err(invalid("a lock has a name"));
     }
@@ -1284,7 +1388,7 @@ pub(crate) fn is_same(a: &RequestId, b: &RequestId) -> bool {
     }
 }
 
-fn tombstone(key: &Key, at: Revision, index: u32) -> Record {
+pub(crate) fn tombstone(key: &Key, at: Revision, index: u32) -> Record {
     let meta = Meta { tombstone: true, mod_revision: at, index, ..Meta::default() };
     Record::new(key.as_bytes(), meta, b"", b"")
 }

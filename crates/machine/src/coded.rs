@@ -271,6 +271,59 @@ impl Coded for crate::command::Ticket {
     }
 }
 
+impl Coded for crate::reply::Holder {
+    fn write(&self, b: &mut Vec<u8>) {
+        crate::codec::write_holder(b, self);
+    }
+
+    fn read(r: &mut Reader<'_>, _: &'static str) -> Result<Self, DecodeError> {
+        crate::codec::read_holder(r)
+    }
+}
+
+impl Coded for crate::command::SessionCreate {
+    fn write(&self, b: &mut Vec<u8>) {
+        crate::codec::write_session_create(b, self);
+    }
+
+    fn read(r: &mut Reader<'_>, _: &'static str) -> Result<Self, DecodeError> {
+        crate::codec::read_session_create(r)
+    }
+}
+
+impl Coded for crate::command::Wait {
+    fn write(&self, b: &mut Vec<u8>) {
+        match self {
+            Self::None => b.push(0),
+            Self::Ms(ms) => {
+                b.push(1);
+                b.varint(*ms);
+            }
+            Self::Forever => b.push(2),
+        }
+    }
+
+    fn read(r: &mut Reader<'_>, what: &'static str) -> Result<Self, DecodeError> {
+        match r.byte(what)? {
+            0 => Ok(Self::None),
+            1 => r.varint(what).map(Self::Ms),
+            2 => Ok(Self::Forever),
+            number => Err(DecodeError::UnknownNumber { what, number: u64::from(number) }),
+        }
+    }
+}
+
+impl<T: Coded> Coded for std::collections::VecDeque<T> {
+    fn write(&self, b: &mut Vec<u8>) {
+        b.varint(self.len() as u64);
+        self.iter().for_each(|item| item.write(b));
+    }
+
+    fn read(r: &mut Reader<'_>, what: &'static str) -> Result<Self, DecodeError> {
+        Vec::read(r, what).map(Self::from)
+    }
+}
+
 /// All the bytes of a value.
 pub(crate) fn encoded(value: &impl Coded) -> Vec<u8> {
     let mut b = Vec::new();

@@ -19,6 +19,7 @@ mod command;
 mod conditions;
 mod configs;
 mod counters;
+mod deadlocks;
 mod elections;
 mod history;
 mod idempotency;
@@ -49,7 +50,7 @@ mod snapshot;
 mod types;
 mod waits;
 
-pub use apply::{BEHAVIOUR, Fault, Machine, Position};
+pub use apply::{BEHAVIOUR, Fault, LockCounts, Machine, Position};
 pub use codec::{DecodeError, MAX_DEPTH};
 pub use command::*;
 pub use conditions::{Condition, ConditionOp, ConditionReply, Failed, HeldAttempt, HeldLock};
@@ -69,9 +70,12 @@ pub use idempotency::{
     RecordName, RecordState, ResultBody, StoredResult, bounds as idempotency_bounds,
 };
 pub use keys::ChangeSlice;
-pub use lock_events::LockEvents;
-pub use lock_ops::{LockOp, LockReply};
-pub use locks::{LockInfo, WaiterInfo};
+pub use lock_events::{LockEvent, LockEventKind, LockEvents};
+pub use lock_ops::{
+    DELAY_MAX_MS, LOCKS_OF_ONE_MAX, LockAsk, LockForceRelease, LockGranted, LockItem, LockOp, LockPart, LockRelease,
+    LockReply, LockResize, MIN_HOLD_MAX_MS, OnDeadlock, REASON_BYTES_MAX,
+};
+pub use locks::{HoldInfo, HoldMode, LockInfo, PERMITS_MAX, Permits, WaiterInfo};
 pub use markers::{
     AlreadyDone, MARKER_FIELDS_MAX, MARKER_LEASE_MS, MARKER_NAME_MAX, MARKER_RESULT_MAX, MARKER_RETENTION_MIN_MS,
     MARKER_TEXT_MAX, MarkOnce, Marked, Marker, MarkerClaim, MarkerConfirm, MarkerDelete, MarkerEvent, MarkerEventKind,
@@ -100,7 +104,7 @@ pub use reservations::{
     POOL_NAME_BYTES_MAX, Pool, PoolAmount, PoolCreate, PoolWaiter, ReservationOp, ReservationReply, Reserve,
 };
 pub use schedules::{Schedule, ScheduleOp, ScheduleReply};
-pub use seen::{LOCKS, SESSIONS, Seen, kind_of};
+pub use seen::{LOCKS, SESSIONS, Seen, SharedLock, kind_of};
 pub use sessions::SessionInfo;
 pub use snapshot::Loader;
 pub use types::*;

@@ -20,7 +20,7 @@ use crate::configs::Config;
 use crate::counters::{Counter, Sequence};
 use crate::elections::Election;
 use crate::idempotency::IdempotencyRecord;
-use crate::lock_events::LockEvents;
+use crate::lock_events::{self, LockEvent, LockEvents};
 use crate::markers::Marker;
 use crate::queues::{Job, Queue};
 use crate::registry::{Instance, Pulse, Service};
@@ -146,6 +146,7 @@ pub(crate) trait Lived: Stored + Coded {
 /// What follows from the table, for kinds that need more than their key, deadlines and sessions.
 #[derive(Default)]
 pub(crate) struct Indexes {
+    pub(crate) lock_events: crate::lock_events::Index,
     pub(crate) queues: crate::queues::Index,
     pub(crate) registry: crate::registry::Index,
 }
@@ -350,6 +351,30 @@ impl Objects {
         old
     }
 
+    /// Adds an event to those of a lock, in place: neither deadline nor sessions change. Where there are none yet, it comes back.
+    pub(crate) fn push_lock_event(
+        &mut self,
+        key: &ObjectKey,
+        event: LockEvent,
+    ) -> Result<Option<LockEvent>, LockEvent> {
+        let Some(events) = self.table.get_mut(key).and_then(lock_events_mut) else { return Err(event) };
+        let (gone, more, less) = lock_events::push(events, event);
+        self.account_lock_events(more, less);
+        Ok(gone)
+    }
+
+    /// Undoes `push_lock_event`.
+    pub(crate) fn pop_lock_event(&mut self, key: &ObjectKey, gone: Option<LockEvent>) {
+        let Some(events) = self.table.get_mut(key).and_then(lock_events_mut) else { return };
+        let (more, less) = lock_events::pop(events, gone);
+        self.account_lock_events(more, less);
+    }
+
+    fn account_lock_events(&mut self, more: u64, less: u64) {
+        self.bytes = self.bytes + more - less;
+        self.indexes.lock_events.bytes = self.indexes.lock_events.bytes + more - less;
+    }
+
     fn index_sessions(&mut self, key: &ObjectKey, old: Option<&Object>, new: Option<&Object>) {
         let of = |object: Option<&Object>| object.map(Object::sessions).unwrap_or_default();
         let (old, new) = (of(old), of(new));
@@ -412,6 +437,13 @@ impl Objects {
 
     pub(crate) fn memory(&self) -> u64 {
         self.bytes
+    }
+}
+
+fn lock_events_mut(object: &mut Arc<Object>) -> Option<&mut LockEvents> {
+    match Arc::make_mut(object) {
+        Object::LockEvents(events) => Some(events),
+        _ => None,
     }
 }
 

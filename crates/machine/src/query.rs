@@ -4,11 +4,12 @@
 //! however full the memory is.
 //! Not promised. That the state is the newest: whoever wants a linearizable read has done its read index before.
 
-use crate::apply::{CHECKSUMS, Decision, Machine, Position};
+use crate::apply::{CHECKSUMS, Decision, LockCounts, Machine, Position};
 use crate::check;
 use crate::codec::MAX_DEPTH;
 use crate::command::*;
 use crate::keys::ChangeSlice;
+use crate::lock_events::{LockEvent, LockEvents};
 use crate::locks::{LockInfo, LockKey};
 use crate::objects::{ObjectKey, Stored};
 use crate::record::Record;
@@ -247,20 +248,29 @@ impl Machine {
         self.waits.table.iter().map(|(_, waiter)| waiter.ticket)
     }
 
-    /// The grant under which this session and owner hold the lock now.
+    /// The newest grant under which this session and owner hold the lock now.
     pub fn granted(&self, ns: NamespaceId, name: &[u8], session: SessionId, owner: &[u8]) -> Option<LockGrant> {
-        let holder = &self.locks.get(&LockKey::new(ns, name))?.holder;
-        if holder.session != session || *holder.owner != *owner {
-            return None;
-        }
+        let lock = self.locks.get(&LockKey::new(ns, name))?;
+        let own = lock.holders().filter(|holder| holder.session == session && *holder.owner == *owner);
+        let token = own.map(|holder| holder.token).max()?;
         let facts = &self.sessions.get(session)?.facts;
-        let (token, ttl_ms) = (holder.token, facts.create.ttl_ms);
-        Some(LockGrant { token, session, session_token: facts.token, ttl_ms })
+        Some(LockGrant { token, session, session_token: facts.token, ttl_ms: facts.create.ttl_ms })
+    }
+
+    /// The newest events of a lock, oldest first.
+    pub fn lock_events(&self, ns: NamespaceId, name: &[u8]) -> Vec<LockEvent> {
+        let events = self.object::<LockEvents>(ns, name);
+        events.map(|events| events.told(self.stamp).cloned().collect()).unwrap_or_default()
+    }
+
+    /// What happened to locks since this member started.
+    pub fn lock_counts(&self) -> LockCounts {
+        self.lock_counts
     }
 
     /// Whether somebody holds the lock, so that an acquire would have to wait as things stand.
     pub fn is_held(&self, ns: NamespaceId, name: &[u8]) -> bool {
-        self.locks.get(&LockKey::new(ns, name)).is_some()
+        self.locks.get(&LockKey::new(ns, name)).is_some_and(|lock| lock.holder().is_some())
     }
 
     /// Up to `max` held locks whose names begin with `prefix` and come after `after`, in the order of names.
@@ -364,7 +374,7 @@ impl Machine {
     /// The earliest moment of log time at which a wait ends without a lock, so that someone must propose an entry then.
     pub fn next_deadline(&self) -> Option<LogTime> {
         let (waits, objects) = (self.waits.next_deadline(), self.objects.next_deadline());
-        waits.into_iter().chain(objects).min()
+        waits.into_iter().chain(objects).chain(self.locks.next_deadline()).min()
     }
 
     /// What a leader should propose to compact to now: everything older than `keep_ms` and below the newest `keep_revisions`; and, where

@@ -7,6 +7,7 @@
 use crate::apply::Machine;
 use crate::codec::{self, Reader};
 use crate::command::SessionCreate;
+use crate::locks::{Lock, LockKey};
 use crate::objects::{self, Object};
 use crate::record::Record;
 use crate::reply::Holder;
@@ -22,8 +23,21 @@ pub const LOCKS: u8 = b'l';
 #[derive(Clone, Debug, PartialEq)]
 pub enum Seen {
     Session(SessionCreate),
+    /// Held by one, alone.
     Lock(Holder),
+    /// Held by readers or in permits, or kept from others for a while.
+    SharedLock(SharedLock),
     Object(Object),
+}
+
+/// A lock with several holders, or with a number of permits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SharedLock {
+    /// Zero: it has none.
+    pub permits: u32,
+    /// How many hold it, or are kept.
+    pub holds: u64,
+    pub newest: Option<Holder>,
 }
 
 impl Seen {
@@ -32,12 +46,20 @@ impl Seen {
         let value = record.value();
         let (&format, rest) = value.split_first()?;
         match kind_of(record.key()) {
+            Some(LOCKS) if format == 2 && !record.is_tombstone() => shared_lock(rest).map(Self::SharedLock),
             _ if record.is_tombstone() || format != 1 => None,
             Some(SESSIONS) => codec::read_session_create(&mut Reader::new(rest)).ok().map(Self::Session),
             Some(LOCKS) => codec::read_holder(&mut Reader::new(rest)).ok().map(Self::Lock),
             _ => Object::from_record(value).map(Self::Object),
         }
     }
+}
+
+fn shared_lock(value: &[u8]) -> Option<SharedLock> {
+    let mut r = Reader::new(value);
+    let (permits, holds) = (r.u32("a lock").ok()?, r.varint("a lock").ok()?);
+    let newest = r.option("a lock", codec::read_holder).ok()?;
+    Some(SharedLock { permits, holds, newest })
 }
 
 /// The kind letter of a key of the native space.
@@ -90,7 +112,11 @@ impl Machine {
         let locks = self.locks.list(namespace_of(&span.start), prefix, after).take(max);
         // Of a span of one name, the first is the one.
         let within = locks.filter(|key| span.contains(key.native_key().as_bytes()));
-        within.filter_map(|key| Some(self.locks.get(key)?.record(key))).collect()
+        let record = |key: &LockKey| match self.locks.get(key)? {
+            Lock::Plain(plain) => Some(plain.record(key)),
+            Lock::Wide(wide) => Some(wide.record(key, Revision(0), 0)),
+        };
+        within.filter_map(record).collect()
     }
 
     fn seen_sessions<'a>(&'a self, span: &'a Span, after: Option<&Key>) -> impl Iterator<Item = Record> + 'a {

@@ -492,11 +492,12 @@ fn attach_keys(m: &mut Machine) -> Result<(), DecodeError> {
 /// What one table says of another must be there.
 fn check_links(m: &Machine) -> Result<(), DecodeError> {
     for (_, lock) in m.locks.held.iter() {
-        once(m.sessions.get(lock.holder.session).is_some(), "a lock of a live session")?;
+        once(lock.holders().all(|holder| m.sessions.get(holder.session).is_some()), "a lock of a live session")?;
     }
     for (_, waiter) in m.waits.table.iter() {
         let lock = waiter.only().and_then(LockKey::of_object);
-        let held = lock.is_none_or(|lock| m.locks.get(&lock).is_some());
+        // A free lock has waiters only behind one that waits for others as well.
+        let held = m.waits.any_of_several() || lock.is_none_or(|lock| m.locks.get(&lock).is_some());
         let lives = waiter.session == SessionId(0) || m.sessions.get(waiter.session).is_some();
         once(held && lives, "a waiter of a live session at a held lock")?;
     }

@@ -106,6 +106,8 @@ pub(crate) struct Waits {
     queues: BTreeMap<ObjectKey, Queue>,
     deadlines: BTreeSet<(LogTime, WaiterNumber)>,
     counts: BTreeMap<SessionId, u64>,
+    /// How many wait for several things at once.
+    of_several: u64,
     bytes: u64,
 }
 
@@ -119,6 +121,7 @@ impl Waits {
             queues: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             counts: BTreeMap::new(),
+            of_several: 0,
             bytes: 0,
         }
     }
@@ -142,6 +145,7 @@ impl Waits {
 
     fn forget(&mut self, number: WaiterNumber, old: &Waiter) {
         self.bytes -= old.bytes();
+        self.of_several -= u64::from(old.on.len() > 1);
         self.by_session.remove(&(old.session, number));
         self.by_owner.remove(&(old.owner_key(), number));
         if let Some(deadline) = old.deadline {
@@ -166,6 +170,7 @@ impl Waits {
 
     fn note(&mut self, number: WaiterNumber, new: &Waiter) {
         self.bytes += new.bytes();
+        self.of_several += u64::from(new.on.len() > 1);
         self.by_session.insert((new.session, number));
         self.by_owner.insert((new.owner_key(), number));
         if let Some(deadline) = new.deadline {
@@ -200,6 +205,28 @@ impl Waits {
     pub(crate) fn queue(&self, key: &ObjectKey) -> impl DoubleEndedIterator<Item = (WaiterNumber, &Waiter)> {
         let order = self.queues.get(key).into_iter().flat_map(|q| q.order.iter());
         order.filter_map(|(_, number)| Some((*number, self.table.get(number)?)))
+    }
+
+    /// Whether whoever came now with this rank would not be the first.
+    pub(crate) fn is_someone_ahead(&self, key: &ObjectKey, rank: i64) -> bool {
+        self.queues.get(key).and_then(|q| q.order.first()).is_some_and(|(first, _)| *first <= rank)
+    }
+
+    /// Who waits for it from one place to before another, both as (rank, number).
+    pub(crate) fn queue_between(
+        &self,
+        key: &ObjectKey,
+        from: (i64, WaiterNumber),
+        to: (i64, WaiterNumber),
+    ) -> impl Iterator<Item = (WaiterNumber, &Waiter)> {
+        let queue = self.queues.get(key).filter(|_| from < to);
+        let order = queue.into_iter().flat_map(move |q| q.order.range(from..to));
+        order.filter_map(|(_, number)| Some((*number, self.table.get(number)?)))
+    }
+
+    /// Whether some wait for several things at once, so that a queue may have waiters though nobody holds what it is for.
+    pub(crate) fn any_of_several(&self) -> bool {
+        self.of_several > 0
     }
 
     /// Whether this owner has a place in the queue.

@@ -71,7 +71,7 @@ pub(crate) fn op(said: &Said<'_>) -> Option<Op> {
 
 /// An answer in words shorter than its fields.
 pub(crate) fn said(reply: &NativeReply) -> String {
-    queues::said(reply).unwrap_or_else(|| format!("{reply:?}"))
+    queues::said(reply).or_else(|| locks::said(reply)).unwrap_or_else(|| format!("{reply:?}"))
 }
 
 pub(crate) fn show(machine: &Machine, namespace: NamespaceId, what: &str, rest: &[&str]) -> Option<String> {

@@ -610,7 +610,7 @@ fn show_lock(info: &LockInfo) -> String {
         .iter()
         .map(|w| format!("{}{} until {:?}", w.session, show_owner(&w.owner), w.deadline.map(|d| d.0)))
         .collect();
-    let holder = info.holder.as_ref().unwrap();
+    let Some(holder) = info.holder.as_ref() else { return format!("lock {} is free", info.name.escape_ascii()) };
     assert_eq!(holder.token, info.newest);
     format!(
         "lock {} held by {}{} token={} since={} waiters [{}]",

@@ -6,10 +6,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use tenure_machine::{
-    AlreadyDone, LogTime, MARKER_LEASE_MS, MARKER_RESULT_MAX, MARKER_RETENTION_MIN_MS, MARKER_TEXT_MAX, MarkOnce, Marked,
-    Marker, MarkerClaim, MarkerConfirm, MarkerDelete, MarkerEvent, MarkerEventKind, MarkerOp, MarkerRelease,
-    MarkerReply, MarkerState, NativeReply, OnDeath, OpReply, Revision, Txn, canonical_marker_name,
-    marker_name,
+    AlreadyDone, LogTime, MARKER_LEASE_MS, MARKER_RESULT_MAX, MARKER_RETENTION_MIN_MS, MARKER_TEXT_MAX, MarkOnce,
+    Marked, Marker, MarkerClaim, MarkerConfirm, MarkerDelete, MarkerEvent, MarkerEventKind, MarkerOp, MarkerRelease,
+    MarkerReply, MarkerState, NativeReply, OnDeath, OpReply, Revision, Txn, canonical_marker_name, marker_name,
 };
 use tenure_wire::tenure::v1;
 
@@ -116,8 +115,7 @@ fn plan_claim(_: &Context, caller: &Caller, request: &v1::MarkerClaimRequest) ->
         (0, ms) if MARKER_LEASE_MS.contains(&ms) => ms,
         (_, 0) => 0,
         (0, _) => {
-            let why =
-                format!("the lease of a claim has {} to {} ms", MARKER_LEASE_MS.start(), MARKER_LEASE_MS.end());
+            let why = format!("the lease of a claim has {} to {} ms", MARKER_LEASE_MS.start(), MARKER_LEASE_MS.end());
             return Err(refuse("lease_ms", why));
         }
         _ => return Err(refuse("lease_ms", "a claim lives under a session or under a lease of its own, not both")),

@@ -59,6 +59,17 @@ pub(crate) fn facts(record: &Record) -> BTreeMap<String, String> {
             facts.put("holder_session", holder.session);
             facts.bytes("holder", &holder.owner);
         }
+        Some(Seen::SharedLock(lock)) => {
+            facts.put("holders", lock.holds);
+            if lock.permits > 0 {
+                facts.put("permits", lock.permits);
+            }
+            if let Some(newest) = lock.newest {
+                facts.put("token", newest.token);
+                facts.put("holder_session", newest.session);
+                facts.bytes("holder", &newest.owner);
+            }
+        }
         Some(Seen::Object(_)) | None => {}
     }
     facts.0

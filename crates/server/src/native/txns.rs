@@ -9,7 +9,8 @@ use bytes::Bytes;
 use prost::Message;
 use tenure_machine::{
     Compare, CompareTarget, Condition, ConditionOp, ConditionReply, Failed, HeldLock, MarkerOp, NamespaceId,
-    NativeReply, Op, OpReply, Relation, Reply, RequestId, RequireLock, Revision, SessionId, Span, SubTxn, Txn, TxnReply,
+    NativeReply, Op, OpReply, Relation, Reply, RequestId, RequireLock, Revision, SessionId, Span, SubTxn, Txn,
+    TxnReply,
 };
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::txn_answer::Answer as Wire;
@@ -26,8 +27,7 @@ use crate::rpc::Router;
 const PATH: &str = "/tenure.v1.Txns/Run";
 
 /// Writes the answer to a transaction from what all its operations gave; the last is what is left of a session that it made.
-pub(crate) type TxnsFinish =
-    Box<dyn FnOnce(&Context, v1::Header, TxnReply, u64) -> Result<Bytes, Refused> + Send>;
+pub(crate) type TxnsFinish = Box<dyn FnOnce(&Context, v1::Header, TxnReply, u64) -> Result<Bytes, Refused> + Send>;
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     let plans = std::sync::Arc::new(router.plans.clone());
