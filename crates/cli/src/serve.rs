@@ -84,6 +84,9 @@ pub(crate) struct ServeArgs {
     /// A watch that asked for progress hears of it this often when nothing else happens
     #[arg(long, env = "TENURE_WATCH_PROGRESS_INTERVAL", default_value = "10m", value_parser = duration, value_name = "DURATION")]
     watch_progress_interval: Duration,
+    /// Probe no registered instances over HTTP, TCP or gRPC while this member leads
+    #[arg(long, env = "TENURE_NO_ACTIVE_CHECKS")]
+    no_active_checks: bool,
     /// A snapshot is taken when the log has grown by this much
     #[arg(long, env = "TENURE_SNAPSHOT_LOG_BYTES", default_value = "256MiB", value_parser = bytes, value_name = "SIZE")]
     snapshot_log_bytes: u64,
@@ -216,6 +219,7 @@ fn config(args: &ServeArgs) -> Config {
         history: args.history,
         history_revisions: args.history_revisions,
         watch_progress_interval: args.watch_progress_interval,
+        active_checks: !args.no_active_checks,
         ..Config::default()
     }
 }

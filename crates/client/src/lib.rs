@@ -65,5 +65,9 @@ pub use kv::{
 };
 pub use lease::{LeaseState, LeaseTiming, LostReason};
 pub use lock::{Acquire, LockGuard, LockHolder, LockInfo, LockWaiter};
+pub use registry::{
+    Finding, Following, Health, Registered, Registering, Registry, ServiceCache, ServiceCheck, ServiceInstance,
+    ServiceInstances, ServiceSummary,
+};
 pub use session::{CreateSession, OnExpire, Session, SessionInfo};
 pub use watch::{EventKind, Watch, WatchEvent, Watching};

@@ -94,9 +94,9 @@ pub use queues::{
 };
 pub use record::{Meta, Record};
 pub use registry::{
-    ActiveCheck, Check, Drain, Health, HealthCounts, Heartbeat, Instance, InstanceRef, InstanceSpec, Probe, Probed,
-    ProbedInstance, Pulse, Register, Registration, RegistryChange, RegistryChanged, RegistryOp, RegistryReply, Service,
-    ServiceGuard, ServiceInfo,
+    ActiveCheck, Check, Drain, Health, HealthCounts, Heartbeat, Instance, InstanceRef, InstanceSpec, NOT_CHECKED,
+    Probe, Probed, ProbedInstance, Pulse, Register, Registration, RegistryChange, RegistryChanged, RegistryOp,
+    RegistryReply, Service, ServiceGuard, ServiceInfo,
 };
 pub use reply::*;
 pub use reservations::{

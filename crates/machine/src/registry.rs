@@ -37,6 +37,8 @@ const DEREGISTER_MAX_MS: u64 = 30 * 86_400_000;
 const GUARD_WINDOW_MS: u64 = 60_000;
 /// The index of a service without instances is kept for so long, so that whoever follows it learns that it is empty.
 const EMPTY_KEPT_MS: u64 = 3_600_000;
+/// Why an instance is critical that was not probed yet. The first failure says more.
+pub const NOT_CHECKED: &str = "not checked yet";
 /// Between the service's name and the instance's id in keys.
 const SEPARATOR: u8 = 0;
 
@@ -274,6 +276,8 @@ pub(crate) struct Index {
     services: BTreeMap<ObjectKey, Counted>,
     /// Instances that a member probes.
     probed: BTreeSet<ObjectKey>,
+    /// Moves when one of them changes, for whoever runs the probes here. Not part of the state.
+    probes_version: u64,
 }
 
 #[derive(Default)]
@@ -309,6 +313,7 @@ impl Index {
         }
         let is_probed =
             |instance: Option<&Instance>| instance.is_some_and(|i| matches!(i.spec.check, Check::Active(_)));
+        self.probes_version += u64::from(is_probed(old) || is_probed(new));
         match (is_probed(old), is_probed(new)) {
             (false, true) => drop(self.probed.insert(key.clone())),
             (true, false) => drop(self.probed.remove(key)),
@@ -526,7 +531,7 @@ impl Commit<'_> {
             revision: self.at,
             registered: stamp,
             checked: if unknown { Health::Critical } else { Health::Passing },
-            why: if unknown { "not checked yet".into() } else { "".into() },
+            why: if unknown { NOT_CHECKED.into() } else { "".into() },
             since: stamp,
             fell: false,
             draining,
@@ -618,7 +623,8 @@ impl Commit<'_> {
 
     /// Writes a health that differs.
     fn set_health(&mut self, key: &ObjectKey, instance: Instance, health: Health, why: &str) {
-        if self.object::<Instance>(key).is_some_and(|now| now.checked == health && now.spec == instance.spec) {
+        let is_same = |now: &Instance| now.checked == health && now.spec == instance.spec && &*now.why != NOT_CHECKED;
+        if self.object::<Instance>(key).is_some_and(is_same) {
             return;
         }
         let stamp = self.m.stamp;
@@ -748,6 +754,11 @@ impl Machine {
     pub fn pulse(&self, namespace: NamespaceId, service: &str, id: &str) -> Option<LogTime> {
         let key = ObjectKey::of::<Pulse>(namespace, &joined(service, id));
         self.objects.get::<Pulse>(&key).map(|pulse| pulse.until)
+    }
+
+    /// Whether `probed_instances` may have changed, told by another number.
+    pub fn probes_version(&self) -> u64 {
+        self.objects.indexes.registry.probes_version
     }
 
     /// Instances whose checks a member runs, of every namespace, in pages: give the last one's place to read on.

@@ -12,6 +12,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod backup;
+mod checks;
 mod disk_fs;
 mod driver;
 pub mod etcd;
@@ -96,6 +97,8 @@ pub struct Config {
     pub history_revisions: u64,
     pub history_share_percent: u64,
     pub watch_progress_interval: Duration,
+    /// Probe registered instances, wherever they say that they are, while this member leads.
+    pub active_checks: bool,
     pub front: FrontConfig,
 }
 
@@ -126,6 +129,7 @@ impl Default for Config {
             history_revisions: 10_000,
             history_share_percent: 25,
             watch_progress_interval: Duration::from_secs(600),
+            active_checks: true,
             front: FrontConfig::default(),
         }
     }
@@ -263,6 +267,9 @@ impl Server {
                     propose_limits(&context, &config).await;
                 }
             }));
+        }
+        if config.active_checks {
+            tasks.push(tokio::spawn(checks::run(context.clone())));
         }
         let mut router = rpc::Router::new();
         etcd::mount(&mut router, &context);

@@ -4297,6 +4297,670 @@ pub mod reservations_client {
         }
     }
 }
+/// How the health of an instance is found out.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceCheck {
+    /// Where to probe, at the address of the instance; 0 is the port of the instance.
+    #[prost(uint32, tag = "5")]
+    pub port: u32,
+    /// 0 is 10,000; 1,000 to 86,400,000.
+    #[prost(uint64, tag = "6")]
+    pub interval_ms: u64,
+    /// 0 is 5,000; 10 to 60,000.
+    #[prost(uint64, tag = "7")]
+    pub timeout_ms: u64,
+    /// So many failures one after another make it critical; 0 is 3, at most 100.
+    #[prost(uint32, tag = "8")]
+    pub failures_before_critical: u32,
+    /// So many successes one after another end that; 0 is 1, at most 100.
+    #[prost(uint32, tag = "9")]
+    pub success_before_passing: u32,
+    #[prost(oneof = "service_check::Kind", tags = "1, 2, 3, 4")]
+    pub kind: ::core::option::Option<service_check::Kind>,
+}
+/// Nested message and enum types in `ServiceCheck`.
+pub mod service_check {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        /// The instance sends a heartbeat at least this often: 1,000 to 86,400,000.
+        #[prost(uint64, tag = "1")]
+        TtlMs(u64),
+        #[prost(message, tag = "2")]
+        Http(super::HttpProbe),
+        #[prost(message, tag = "3")]
+        Tcp(super::TcpProbe),
+        #[prost(message, tag = "4")]
+        Grpc(super::GrpcProbe),
+    }
+}
+/// A GET without encryption. 2xx is passing, 429 is a warning, anything else a failure; redirections are not followed.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HttpProbe {
+    /// Begins with `/`; empty is `/`. At most 1,024 bytes.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+}
+/// A connection opens.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TcpProbe {}
+/// `grpc.health.v1.Health/Check` without encryption answers SERVING.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GrpcProbe {
+    /// Of this service; empty is the server as a whole.
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServiceRegisterRequest {
+    /// 1 to 255 bytes.
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    /// Which instance, 1 to 255 bytes: such as the name of the host and the port.
+    #[prost(string, tag = "2")]
+    pub instance: ::prost::alloc::string::String,
+    /// Where callers reach it: a name or an address, 1 to 255 bytes.
+    #[prost(string, tag = "3")]
+    pub address: ::prost::alloc::string::String,
+    /// At most 65,535; 0 where the address says it all.
+    #[prost(uint32, tag = "4")]
+    pub port: u32,
+    /// At most 64, of 8 KiB together.
+    #[prost(string, repeated, tag = "5")]
+    pub tags: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// At most 64 entries, of 8 KiB together.
+    #[prost(btree_map = "string, string", tag = "6")]
+    pub meta: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Its share of the callers beside that of the others: 1 to 65,535; 0 is 1.
+    #[prost(uint32, tag = "7")]
+    pub weight: u32,
+    /// It goes with this session. Without one a check is needed.
+    #[prost(uint64, tag = "8")]
+    pub session: u64,
+    #[prost(message, optional, tag = "9")]
+    pub check: ::core::option::Option<ServiceCheck>,
+    /// After it was critical for so long it is deregistered: 60,000 to 30 days; 0 is 600,000.
+    #[prost(uint64, tag = "10")]
+    pub deregister_critical_after_ms: u64,
+    /// Takes the place of this registration, whoever it is of.
+    #[prost(uint64, tag = "11")]
+    pub replace_token: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceRegisterReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Names this registration; a changed one has another.
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    /// An instance that is probed is critical until the first probe succeeds.
+    #[prost(enumeration = "Health", tag = "3")]
+    pub health: i32,
+    /// It was registered equally before.
+    #[prost(bool, tag = "4")]
+    pub unchanged: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceDeregisterRequest {
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub instance: ::prost::alloc::string::String,
+    /// 0 means whichever registration there is.
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceDeregisterReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// It was there.
+    #[prost(bool, tag = "2")]
+    pub deregistered: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceHeartbeatRequest {
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub instance: ::prost::alloc::string::String,
+    /// 0 means whichever registration there is.
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    /// How it is; unspecified is PASSING. DRAINING is a call of its own.
+    #[prost(enumeration = "Health", tag = "4")]
+    pub health: i32,
+    /// Why, for people. At most 512 bytes. It is kept when the health changes.
+    #[prost(string, tag = "5")]
+    pub why: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceHeartbeatReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// As it is told to callers now.
+    #[prost(enumeration = "Health", tag = "2")]
+    pub health: i32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceDrainRequest {
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub instance: ::prost::alloc::string::String,
+    /// 0 means whichever registration there is.
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    /// It wants callers again.
+    #[prost(bool, tag = "4")]
+    pub undo: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceDrainReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// As it is told to callers now. One that is critical stays so.
+    #[prost(enumeration = "Health", tag = "2")]
+    pub health: i32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceGuardRequest {
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    /// 0 to 100; 50 is a good choice.
+    #[prost(uint32, tag = "2")]
+    pub percent: u32,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceGuardReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceListRequest {
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "1")]
+    pub limit: u32,
+    /// Begin after this name: `next` of the page before.
+    #[prost(string, tag = "2")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServiceListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub services: ::prost::alloc::vec::Vec<ServiceSummary>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceSummary {
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    /// The revision of the last change among its instances.
+    #[prost(uint64, tag = "2")]
+    pub index: u64,
+    #[prost(uint64, tag = "3")]
+    pub passing: u64,
+    #[prost(uint64, tag = "4")]
+    pub warning: u64,
+    #[prost(uint64, tag = "5")]
+    pub critical: u64,
+    #[prost(uint64, tag = "6")]
+    pub draining: u64,
+    #[prost(uint32, tag = "7")]
+    pub guard_percent: u32,
+    /// So many turned critical together that the guard keeps them in answers.
+    #[prost(bool, tag = "8")]
+    pub guarded: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceGetRequest {
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    /// Only those of these healths. Empty: passing and warning, and those that the guard keeps.
+    #[prost(enumeration = "Health", repeated, tag = "2")]
+    pub health: ::prost::alloc::vec::Vec<i32>,
+    /// Only those with all of these tags.
+    #[prost(string, repeated, tag = "3")]
+    pub tags: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Whatever their health.
+    #[prost(bool, tag = "4")]
+    pub all: bool,
+    #[prost(bool, tag = "5")]
+    pub stale: bool,
+    /// `index` of an answer: wait until the service has changed since.
+    #[prost(uint64, tag = "6")]
+    pub after: u64,
+    /// Wait at most so long, then answer with what there is; at most 20,000.
+    #[prost(uint64, tag = "7")]
+    pub wait_ms: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServiceGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// The revision of the last change among the instances, whatever the filter. It never goes back.
+    #[prost(uint64, tag = "2")]
+    pub index: u64,
+    #[prost(message, repeated, tag = "3")]
+    pub instances: ::prost::alloc::vec::Vec<ServiceInstance>,
+    /// So many turned critical together that the guard keeps them among the instances.
+    #[prost(bool, tag = "4")]
+    pub guarded: bool,
+    #[prost(uint32, tag = "5")]
+    pub guard_percent: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServiceInstance {
+    #[prost(string, tag = "1")]
+    pub instance: ::prost::alloc::string::String,
+    /// Names the registration.
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    #[prost(string, tag = "3")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "4")]
+    pub port: u32,
+    #[prost(string, repeated, tag = "5")]
+    pub tags: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(btree_map = "string, string", tag = "6")]
+    pub meta: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(uint32, tag = "7")]
+    pub weight: u32,
+    #[prost(enumeration = "Health", tag = "8")]
+    pub health: i32,
+    /// Why it is so, for people.
+    #[prost(string, tag = "9")]
+    pub why: ::prost::alloc::string::String,
+    /// The guard keeps it, although it is critical.
+    #[prost(bool, tag = "10")]
+    pub kept: bool,
+    #[prost(uint64, tag = "11")]
+    pub session: u64,
+    #[prost(message, optional, tag = "12")]
+    pub check: ::core::option::Option<ServiceCheck>,
+    #[prost(uint64, tag = "13")]
+    pub deregister_critical_after_ms: u64,
+    /// The revision of its last change.
+    #[prost(uint64, tag = "14")]
+    pub revision: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServiceWatchRequest {
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    #[prost(enumeration = "Health", repeated, tag = "2")]
+    pub health: ::prost::alloc::vec::Vec<i32>,
+    #[prost(string, repeated, tag = "3")]
+    pub tags: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(bool, tag = "4")]
+    pub all: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ServiceWatchReply {
+    /// Everything up to this revision is told. It never goes back.
+    #[prost(uint64, tag = "1")]
+    pub index: u64,
+    /// The instances are all that there are: forget what was told before.
+    #[prost(bool, tag = "2")]
+    pub whole: bool,
+    /// New ones, and changed ones as they are now.
+    #[prost(message, repeated, tag = "3")]
+    pub instances: ::prost::alloc::vec::Vec<ServiceInstance>,
+    /// Ids of those that are gone, or that the filter leaves out now.
+    #[prost(string, repeated, tag = "4")]
+    pub removed: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(bool, tag = "5")]
+    pub guarded: bool,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Health {
+    Unspecified = 0,
+    Passing = 1,
+    /// It works, and asks for attention or for less work.
+    Warning = 2,
+    Critical = 3,
+    /// It works, and wants no new callers.
+    Draining = 4,
+}
+impl Health {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "HEALTH_UNSPECIFIED",
+            Self::Passing => "PASSING",
+            Self::Warning => "WARNING",
+            Self::Critical => "CRITICAL",
+            Self::Draining => "DRAINING",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "HEALTH_UNSPECIFIED" => Some(Self::Unspecified),
+            "PASSING" => Some(Self::Passing),
+            "WARNING" => Some(Self::Warning),
+            "CRITICAL" => Some(Self::Critical),
+            "DRAINING" => Some(Self::Draining),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod services_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct ServicesClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> ServicesClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> ServicesClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            ServicesClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Registers an instance, or changes its registration. The same again changes nothing (a TTL begins anew) and has the same token. Whoever
+        /// registered an instance under a session owns it while that lives: another one is refused with HELD, unless it names the token that it replaces.
+        /// What is known of the health stays while check, address and port stay; draining stays in any case.
+        /// Errors: HELD, FENCED (`replace_token` is not the current one), SESSION_EXPIRED, QUOTA (10,000 instances of a service), INVALID.
+        pub async fn register(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ServiceRegisterRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ServiceRegisterReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Services/Register",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Services", "Register"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes an instance out. One that is not there is no error. Errors: FENCED (another registration than that of `token` is current).
+        pub async fn deregister(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ServiceDeregisterRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ServiceDeregisterReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Services/Deregister",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Services", "Deregister"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells that an instance with a TTL lives, and how it is. Errors: NOT_FOUND (register again), FENCED, INVALID (its check has no TTL).
+        pub async fn heartbeat(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ServiceHeartbeatRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ServiceHeartbeatReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Services/Heartbeat",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Services", "Heartbeat"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Has an instance told as draining: it works, and wants no new callers. `undo` ends that. Errors: NOT_FOUND, FENCED.
+        pub async fn drain(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ServiceDrainRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ServiceDrainReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Services/Drain");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Services", "Drain"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Sets the guard of a service against mass failure: when more than `percent` of the instances that were up turn critical within a minute, the
+        /// network is more likely ill than all of them. They are then kept in answers, flagged, until enough are up again or their time to be deregistered
+        /// comes. In a service with a guard an instance whose session ended becomes critical first. 0, the default, is no guard. Errors: INVALID.
+        pub async fn guard(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ServiceGuardRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ServiceGuardReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Services/Guard");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Services", "Guard"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists services by name, in pages, with how many instances of each health there are.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ServiceListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ServiceListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Services/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Services", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The instances of a service: those to call, or as filtered. A service that nobody registered has none. With `wait_ms` and `after` it waits for
+        /// a change: a long poll. Errors: NO_QUORUM, INVALID.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ServiceGetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ServiceGetReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Services/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Services", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Follows the instances of a service: first all that there are, then what changes. A reader that is too slow is given all of them again. Over HTTP
+        /// server-sent events, or one JSON object per line. Every stream begins with the whole, so one that broke is simply opened again.
+        pub async fn watch(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ServiceWatchRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ServiceWatchReply>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Services/Watch");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Services", "Watch"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+    }
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SessionCreateRequest {
     /// 0 is 15,000. At least 1,000 (or 1.5 election timeouts, if more: the answer tells what was granted), at most 86,400,000.
