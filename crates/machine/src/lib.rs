@@ -90,7 +90,7 @@ pub use queues::{
     Enqueued, HowEnded, JOB_HEADERS_MAX, JOB_KEY_MAX, JOB_PAYLOAD_MAX, JOB_RESULT_MAX, JOB_STATES, JOBS_PER_CALL, Job,
     JobEnd, JobHeartbeat, JobId, JobInfo, JobLease, JobState, JobTerms, Moved, Nack, NewJob, OnDead, OnDuplicate,
     PastDelivery, Purge, QUEUE_NAME_MAX, Queue, QueueInfo, QueueOp, QueueReply, QueueSettings, RECEIVE_PLACES_MAX,
-    Receipt, Receive, Received, Redrive, Settled, Swept, Tally,
+    Receipt, Receive, Received, Redrive, Settled, Swept, Tally, waiting_receiver,
 };
 pub use record::{Meta, Record};
 pub use registry::{

@@ -26,7 +26,8 @@ pub use look::{JobInfo, QueueInfo};
 use crate::apply::{Commit, Machine};
 use crate::codec;
 use crate::coded::{coded_enum, coded_struct, encoded};
-use crate::native::Refusal;
+use crate::command::{Op, Txn};
+use crate::native::{NativeOp, Refusal};
 use crate::objects::{Indexes, Lived, ObjectKey};
 use crate::reply::{OpReply, Rejection};
 use crate::types::*;
@@ -193,6 +194,8 @@ coded_struct! {
     pub struct NewJob as "a new job" {
         pub payload: Arc<[u8]>,
         pub delay_ms: u64,
+        /// The moment of the wall clock that the delay was made from by the proposer; it names the request and decides nothing.
+        pub run_at_ms: Option<u64>,
         /// -8 to 7, higher first.
         pub priority: i32,
         pub terms: Option<Arc<JobTerms>>,
@@ -452,6 +455,41 @@ coded_enum! {
         Swept(Swept) = 6,
         Configured(Box<QueueSettings>) = 7,
     }
+}
+
+/// The same transaction as another try would propose it, if a delay in it was made from a moment: a repeated request has another delay.
+pub(crate) fn without_delays_of_moments(txn: &Txn) -> Option<Txn> {
+    let enqueue = |op: &Op| match op {
+        Op::Native(op) => match &**op {
+            NativeOp::Queue(QueueOp::Enqueue(enqueue)) => enqueue.jobs.iter().any(|job| job.run_at_ms.is_some()),
+            _ => false,
+        },
+        _ => false,
+    };
+    if !txn.then.iter().chain(&txn.otherwise).any(enqueue) {
+        return None;
+    }
+    let mut same = txn.clone();
+    for op in same.then.iter_mut().chain(&mut same.otherwise) {
+        if let Op::Native(op) = op
+            && let NativeOp::Queue(QueueOp::Enqueue(enqueue)) = &mut **op
+        {
+            enqueue.jobs.iter_mut().filter(|job| job.run_at_ms.is_some()).for_each(|job| job.delay_ms = 0);
+        }
+    }
+    Some(same)
+}
+
+/// Whose wait a transaction may become: that of a receiver of jobs.
+pub fn waiting_receiver(txn: &Txn) -> Option<&[u8]> {
+    let [Op::Native(op)] = &txn.then[..] else { return None };
+    let NativeOp::Queue(op) = &**op else { return None };
+    let receive = match op {
+        QueueOp::Receive(receive) => receive,
+        QueueOp::Ack(acks) => acks.receive.as_deref()?,
+        _ => return None,
+    };
+    (receive.wait_ms > 0 && !receive.receiver.is_empty()).then_some(&receive.receiver)
 }
 
 impl NewJob {

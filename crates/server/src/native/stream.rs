@@ -15,6 +15,7 @@ use tenure_machine::Txn;
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Answer;
 
+use super::queues::OpenWaits;
 use super::{Caller, Finish, NativeRead, Outcome, Plan, Plans, Refused, full_header, kv, locks, refuse, sessions};
 use crate::Context;
 use crate::driver::{Failure, Handle, SessionRef};
@@ -142,6 +143,8 @@ struct Open {
     requests: AtomicUsize,
     waits: AtomicUsize,
     room: tokio::sync::Notify,
+    /// What waits for jobs leaves with the stream.
+    receivers: OpenWaits,
 }
 
 impl Open {
@@ -162,7 +165,7 @@ async fn stream(
     outgoing: Outgoing,
 ) -> Result<(), Status> {
     let out = Arc::new(PipeOut::default());
-    let open = Open::default();
+    let open = Open { receivers: OpenWaits::of(&context), ..Open::default() };
     let stopping = |_| Status::from(words::STOPPED);
     let id = context.open_pipe(out.clone()).await.map_err(stopping)?;
     let pipe = OpenPipe { handle: context.handle.clone(), id };
@@ -226,6 +229,7 @@ async fn answer(
     let mut replies = Replies::new();
     for (PipeItem { id, finish }, outcome) in done {
         open.end(&finish);
+        open.receivers.answered(id);
         // Only a cancellation that came too late asks further.
         let result = match finish {
             Finish::Cancel(_) => super::complete(context, finish, outcome).await,
@@ -312,6 +316,7 @@ impl Gathered {
 fn begin(open: &Open, id: u64, plan: Plan) -> PipeRequest {
     let (Plan::Write(_, finish) | Plan::Read(_, _, finish) | Plan::Renew(_, finish)) = &plan;
     open.counter(finish).fetch_add(1, Ordering::Relaxed);
+    open.receivers.note(id, &plan);
     match plan {
         Plan::Write(txn, finish) => PipeRequest::Write { txn, item: PipeItem { id, finish } },
         Plan::Read(read, stale, finish) => PipeRequest::Read { read, stale, item: PipeItem { id, finish } },

@@ -3503,6 +3503,1195 @@ pub mod members_client {
         }
     }
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NewJob {
+    /// The payload: text, or bytes. At most 262,144 bytes.
+    #[prost(string, tag = "1")]
+    pub payload: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub payload_bytes: ::prost::bytes::Bytes,
+    /// Ready this long after its enqueue.
+    #[prost(uint64, tag = "3")]
+    pub delay_ms: u64,
+    /// Ready at this moment of the clock, in milliseconds since 1970: turned into a delay when the call arrives, and not looked at again. INVALID beside
+    /// `delay_ms`.
+    #[prost(uint64, tag = "4")]
+    pub run_at_unix_ms: u64,
+    /// -8 to 7; higher ones are delivered first.
+    #[prost(int32, tag = "5")]
+    pub priority: i32,
+    /// Jobs of one group are delivered in the order of their enqueue, one at a time unless the queue says otherwise.
+    #[prost(string, tag = "6")]
+    pub group: ::prost::alloc::string::String,
+    /// Tenants with ready jobs take turns.
+    #[prost(string, tag = "7")]
+    pub tenant: ::prost::alloc::string::String,
+    /// A job with an equal key is a duplicate.
+    #[prost(string, tag = "8")]
+    pub dedup_key: ::prost::alloc::string::String,
+    #[prost(enumeration = "DedupScope", tag = "9")]
+    pub dedup_scope: i32,
+    /// 0 is 600,000; at most 604,800,000. Only with the scope WINDOW.
+    #[prost(uint64, tag = "10")]
+    pub dedup_window_ms: u64,
+    #[prost(enumeration = "OnDuplicate", tag = "11")]
+    pub on_duplicate: i32,
+    /// 1 to 1,000; 0 is as the queue has it, which is 20 unless configured.
+    #[prost(uint32, tag = "12")]
+    pub max_attempts: u32,
+    /// 1,000 to 43,200,000; 0 is as the queue has it, which is 30,000 unless configured.
+    #[prost(uint64, tag = "13")]
+    pub visibility_ms: u64,
+    /// How long the record of the job is kept when it is done; at most 2,592,000,000. Absent: as the queue has it, a day unless configured.
+    #[prost(uint64, optional, tag = "14")]
+    pub retention_ms: ::core::option::Option<u64>,
+    /// A job that is not delivered for the first time within this time is dead; 0 is never.
+    #[prost(uint64, tag = "15")]
+    pub ttl_ms: u64,
+    /// At most 64 and 8,192 bytes.
+    #[prost(btree_map = "string, string", tag = "16")]
+    pub headers: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// W3C trace context of who enqueues it.
+    #[prost(string, tag = "17")]
+    pub traceparent: ::prost::alloc::string::String,
+    #[prost(string, tag = "18")]
+    pub tracestate: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EnqueueRequest {
+    /// 1 to 255 bytes.
+    #[prost(string, tag = "1")]
+    pub queue: ::prost::alloc::string::String,
+    /// 1 to 100.
+    #[prost(message, repeated, tag = "2")]
+    pub jobs: ::prost::alloc::vec::Vec<NewJob>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EnqueueReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// In the order of the request.
+    #[prost(message, repeated, tag = "2")]
+    pub jobs: ::prost::alloc::vec::Vec<EnqueuedJob>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EnqueuedJob {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// The job was there before.
+    #[prost(bool, tag = "2")]
+    pub duplicate: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReceiveRequest {
+    /// Looked through in this order; 1 to 64.
+    #[prost(string, repeated, tag = "1")]
+    pub queues: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// At most so many jobs; 0 is 1, and 100 is the most. Ask for no more than can be worked on at once: visibility runs for all of them.
+    #[prost(uint32, tag = "2")]
+    pub max: u32,
+    /// Wait for a job; at most 20,000.
+    #[prost(uint64, tag = "3")]
+    pub wait_ms: u64,
+    /// 1,000 to 43,200,000; 0 is as the job or the queue has it.
+    #[prost(uint64, tag = "4")]
+    pub visibility_ms: u64,
+    /// Who works, for people.
+    #[prost(string, tag = "5")]
+    pub worker: ::prost::alloc::string::String,
+    /// Jobs of these groups only; with one queue.
+    #[prost(string, repeated, tag = "6")]
+    pub groups: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Names this loop of receiving, at most 255 bytes. A receive ends earlier waits of the same receiver, so that no job goes to a caller who has gone.
+    /// Loops beside one another need different names. Without one the wait ends with its call, or else after `wait_ms`.
+    #[prost(string, tag = "7")]
+    pub receiver: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    /// With an id, a repeated receive gets the same jobs again, if they fit into 16 KiB.
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReceiveReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub jobs: ::prost::alloc::vec::Vec<DeliveredJob>,
+    /// Of an ack: what became of each receipt.
+    #[prost(message, repeated, tag = "3")]
+    pub settled: ::prost::alloc::vec::Vec<SettledReceipt>,
+    /// From the arrival of the call to its decision. A worker's deadline is its sending of the call + `waited_ms` + `visibility_ms`, less a margin.
+    #[prost(uint64, tag = "4")]
+    pub waited_ms: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DeliveredJob {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// With the id the receipt of this delivery: the revision of its commit, and so a fencing token.
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    #[prost(string, tag = "3")]
+    pub queue: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub payload: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub payload_bytes: ::prost::bytes::Bytes,
+    /// This delivery counts.
+    #[prost(uint32, tag = "6")]
+    pub attempt: u32,
+    #[prost(uint32, tag = "7")]
+    pub max_attempts: u32,
+    /// How long the job is this worker's, from the delivery on.
+    #[prost(uint64, tag = "8")]
+    pub visibility_ms: u64,
+    /// From the enqueue to this delivery.
+    #[prost(uint64, tag = "9")]
+    pub age_ms: u64,
+    #[prost(int32, tag = "10")]
+    pub priority: i32,
+    #[prost(string, tag = "11")]
+    pub group: ::prost::alloc::string::String,
+    #[prost(string, tag = "12")]
+    pub tenant: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "13")]
+    pub headers: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(string, tag = "14")]
+    pub traceparent: ::prost::alloc::string::String,
+    #[prost(string, tag = "15")]
+    pub tracestate: ::prost::alloc::string::String,
+    /// What the attempt before said.
+    #[prost(string, tag = "16")]
+    pub last_error: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SettledReceipt {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// It had been done before, under the same receipt.
+    #[prost(bool, tag = "2")]
+    pub again: bool,
+    /// Why nothing happened; only with `each`.
+    #[prost(string, tag = "3")]
+    pub error: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JobReceipt {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    /// Kept with the record of the job: text, or bytes. At most 16,384 bytes.
+    #[prost(string, tag = "3")]
+    pub result: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub result_bytes: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AckRequest {
+    /// 1 to 100.
+    #[prost(message, repeated, tag = "1")]
+    pub receipts: ::prost::alloc::vec::Vec<JobReceipt>,
+    /// Each receipt is judged for itself; otherwise one that is refused refuses all.
+    #[prost(bool, tag = "2")]
+    pub each: bool,
+    /// Receive in the same commit; its `namespace` and `request` are not looked at.
+    #[prost(message, optional, tag = "3")]
+    pub receive: ::core::option::Option<ReceiveRequest>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NackRequest {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    /// Absent: by the backoff of the queue.
+    #[prost(uint64, optional, tag = "3")]
+    pub delay_ms: ::core::option::Option<u64>,
+    /// For people; 1,024 bytes are kept.
+    #[prost(string, tag = "4")]
+    pub reason: ::prost::alloc::string::String,
+    /// There is no use in another attempt.
+    #[prost(bool, tag = "5")]
+    pub dead: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JobReleaseRequest {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MoveReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// The state of the job now.
+    #[prost(string, tag = "2")]
+    pub state: ::prost::alloc::string::String,
+    /// Until it is tried again.
+    #[prost(uint64, tag = "3")]
+    pub delay_ms: u64,
+    #[prost(uint32, tag = "4")]
+    pub attempt: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JobHeartbeatRequest {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    /// From now on; 1,000 to 43,200,000, and 0 is the visibility again.
+    #[prost(uint64, tag = "3")]
+    pub extend_ms: u64,
+    /// What is told of the job while it runs, and kept: at most 16,384 bytes.
+    #[prost(string, tag = "4")]
+    pub progress: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JobHeartbeatReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(uint64, tag = "2")]
+    pub remaining_ms: u64,
+    /// Somebody wants the job to be cancelled: stop, and nack it.
+    #[prost(bool, tag = "3")]
+    pub cancel_requested: bool,
+    /// The queue was paused, or something more urgent is ready: release the job if that is cheap.
+    #[prost(bool, tag = "4")]
+    pub should_yield: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaveRequest {
+    #[prost(string, tag = "1")]
+    pub receiver: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaveReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Waits that ended.
+    #[prost(uint64, tag = "2")]
+    pub waits: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JobCancelRequest {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+    /// Also one that is being worked on, whose receipt is fenced then.
+    #[prost(bool, tag = "3")]
+    pub force: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RedriveRequest {
+    #[prost(string, tag = "1")]
+    pub queue: ::prost::alloc::string::String,
+    /// Exactly these, at most 1,000; empty is all that fit the rest.
+    #[prost(string, repeated, tag = "2")]
+    pub ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The reason or the last error contains this.
+    #[prost(string, tag = "3")]
+    pub contains: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub group: ::prost::alloc::string::String,
+    /// Into another queue; empty is where they are.
+    #[prost(string, tag = "5")]
+    pub to: ::prost::alloc::string::String,
+    /// Jobs a second, spread from now on; 0 is at once.
+    #[prost(uint64, tag = "6")]
+    pub rate: u64,
+    /// At most so many; 0 is 1,000, which is the most of one call.
+    #[prost(uint32, tag = "7")]
+    pub max: u32,
+    /// Begin after this job: `next` of the call before.
+    #[prost(string, tag = "8")]
+    pub after: ::prost::alloc::string::String,
+    /// How many the calls before have redriven at the same rate.
+    #[prost(uint64, tag = "9")]
+    pub before: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SweepReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(uint64, tag = "2")]
+    pub count: u64,
+    /// Left as they were: a job with their key is there, or their key must be kept.
+    #[prost(uint64, tag = "3")]
+    pub skipped: u64,
+    /// Call again with this as `after`; empty when there is no more.
+    #[prost(string, tag = "4")]
+    pub next: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PurgeRequest {
+    #[prost(string, tag = "1")]
+    pub queue: ::prost::alloc::string::String,
+    /// Names of states; empty is everything that waits to be delivered.
+    #[prost(string, repeated, tag = "2")]
+    pub states: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The name of the queue again.
+    #[prost(string, tag = "3")]
+    pub confirm: ::prost::alloc::string::String,
+    /// Remove the queue as well, once no job is left in it.
+    #[prost(bool, tag = "4")]
+    pub remove: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+/// Pauses delivery, in place of dead letters, while too much fails.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct QueueBreaker {
+    /// More than this share of the deliveries that ended; 0 takes the breaker away.
+    #[prost(uint32, tag = "1")]
+    pub percent: u32,
+    /// 0 is 60,000.
+    #[prost(uint64, tag = "2")]
+    pub window_ms: u64,
+    /// Fewer ends within a window say nothing; 0 is 10.
+    #[prost(uint64, tag = "3")]
+    pub min: u64,
+    /// 0 is 60,000.
+    #[prost(uint64, tag = "4")]
+    pub pause_ms: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct QueueConfigureRequest {
+    #[prost(string, tag = "1")]
+    pub queue: ::prost::alloc::string::String,
+    /// 1,000 to 43,200,000; 30,000 at first.
+    #[prost(uint64, optional, tag = "2")]
+    pub visibility_ms: ::core::option::Option<u64>,
+    /// 1 to 1,000; 20 at first.
+    #[prost(uint32, optional, tag = "3")]
+    pub max_attempts: ::core::option::Option<u32>,
+    /// The pause after the first failure, doubled each time: 5,000 at first.
+    #[prost(uint64, optional, tag = "4")]
+    pub backoff_first_ms: ::core::option::Option<u64>,
+    /// 3,600,000 at first; at most 86,400,000.
+    #[prost(uint64, optional, tag = "5")]
+    pub backoff_max_ms: ::core::option::Option<u64>,
+    /// Any time up to the backoff in place of the backoff itself: at first it is so.
+    #[prost(bool, optional, tag = "6")]
+    pub jitter: ::core::option::Option<bool>,
+    /// How long records of done jobs are kept: 86,400,000 at first.
+    #[prost(uint64, optional, tag = "7")]
+    pub retention_ms: ::core::option::Option<u64>,
+    /// How many of them at most: 10,000 at first.
+    #[prost(uint64, optional, tag = "8")]
+    pub done_max: ::core::option::Option<u64>,
+    /// How long dead jobs are kept: 1,209,600,000 at first.
+    #[prost(uint64, optional, tag = "9")]
+    pub dead_retention_ms: ::core::option::Option<u64>,
+    /// Deliveries of one group at a time: 1 at first.
+    #[prost(uint64, optional, tag = "10")]
+    pub group_in_flight: ::core::option::Option<u64>,
+    #[prost(enumeration = "OnDead", tag = "11")]
+    pub on_dead: i32,
+    /// Deliveries of one tenant at a time; 0, as at first, is any number.
+    #[prost(uint64, optional, tag = "12")]
+    pub tenant_in_flight: ::core::option::Option<u64>,
+    /// Turns of a tenant in each round, 1 to 1,000; those that are not named stay, and 1 is forgotten.
+    #[prost(btree_map = "string, uint32", tag = "13")]
+    pub weights: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        u32,
+    >,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+    /// Jobs that are not finished at most: QUOTA beyond; 0, as at first, is any number.
+    #[prost(uint64, optional, tag = "16")]
+    pub jobs_max: ::core::option::Option<u64>,
+    #[prost(message, optional, tag = "17")]
+    pub breaker: ::core::option::Option<QueueBreaker>,
+    /// Deliver nothing; false resumes, a tripped breaker too.
+    #[prost(bool, optional, tag = "18")]
+    pub paused: ::core::option::Option<bool>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct QueueSettings {
+    #[prost(uint64, tag = "1")]
+    pub visibility_ms: u64,
+    #[prost(uint32, tag = "2")]
+    pub max_attempts: u32,
+    #[prost(uint64, tag = "3")]
+    pub backoff_first_ms: u64,
+    #[prost(uint64, tag = "4")]
+    pub backoff_max_ms: u64,
+    #[prost(bool, tag = "5")]
+    pub jitter: bool,
+    #[prost(uint64, tag = "6")]
+    pub retention_ms: u64,
+    #[prost(uint64, tag = "7")]
+    pub done_max: u64,
+    #[prost(uint64, tag = "8")]
+    pub dead_retention_ms: u64,
+    #[prost(uint64, tag = "9")]
+    pub group_in_flight: u64,
+    #[prost(enumeration = "OnDead", tag = "10")]
+    pub on_dead: i32,
+    #[prost(uint64, tag = "11")]
+    pub tenant_in_flight: u64,
+    #[prost(btree_map = "string, uint32", tag = "12")]
+    pub weights: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        u32,
+    >,
+    #[prost(uint64, tag = "13")]
+    pub jobs_max: u64,
+    #[prost(message, optional, tag = "14")]
+    pub breaker: ::core::option::Option<QueueBreaker>,
+    #[prost(bool, tag = "15")]
+    pub paused: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct QueueConfigureReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub settings: ::core::option::Option<QueueSettings>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct QueueGetRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Answer from this member alone, which may be behind.
+    #[prost(bool, tag = "2")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct QueueGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub queue: ::core::option::Option<Queue>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Queue {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub settings: ::core::option::Option<QueueSettings>,
+    /// Jobs by state.
+    #[prost(uint64, tag = "3")]
+    pub scheduled: u64,
+    #[prost(uint64, tag = "4")]
+    pub backoff: u64,
+    #[prost(uint64, tag = "5")]
+    pub held: u64,
+    #[prost(uint64, tag = "6")]
+    pub ready: u64,
+    #[prost(uint64, tag = "7")]
+    pub leased: u64,
+    #[prost(uint64, tag = "8")]
+    pub done: u64,
+    #[prost(uint64, tag = "9")]
+    pub dead: u64,
+    #[prost(uint64, tag = "10")]
+    pub cancelled: u64,
+    /// Receivers that wait.
+    #[prost(uint64, tag = "11")]
+    pub receivers: u64,
+    /// Since the enqueue of the oldest job that is next of its tenant.
+    #[prost(uint64, tag = "12")]
+    pub oldest_ready_ms: u64,
+    /// FIFO groups that have jobs.
+    #[prost(uint64, tag = "13")]
+    pub groups: u64,
+    /// At most 100, by name; left out of lists.
+    #[prost(message, repeated, tag = "15")]
+    pub tenants: ::prost::alloc::vec::Vec<TenantCount>,
+    /// How long its breaker still delivers nothing.
+    #[prost(uint64, tag = "16")]
+    pub tripped_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TenantCount {
+    #[prost(string, tag = "1")]
+    pub tenant: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub ready: u64,
+    #[prost(uint64, tag = "3")]
+    pub leased: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct QueueListRequest {
+    /// Only names that begin so.
+    #[prost(string, tag = "1")]
+    pub prefix: ::prost::alloc::string::String,
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Begin after this name: `next` of the page before.
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(bool, tag = "4")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct QueueListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub queues: ::prost::alloc::vec::Vec<Queue>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Job {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub queue: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub state: ::prost::alloc::string::String,
+    /// Empty once the job is done or cancelled.
+    #[prost(string, tag = "4")]
+    pub payload: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub payload_bytes: ::prost::bytes::Bytes,
+    #[prost(uint32, tag = "6")]
+    pub attempt: u32,
+    /// Of the newest delivery; 0 if there was none.
+    #[prost(uint64, tag = "7")]
+    pub token: u64,
+    #[prost(int32, tag = "8")]
+    pub priority: i32,
+    #[prost(string, tag = "9")]
+    pub group: ::prost::alloc::string::String,
+    #[prost(string, tag = "10")]
+    pub tenant: ::prost::alloc::string::String,
+    #[prost(string, tag = "11")]
+    pub dedup_key: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "12")]
+    pub headers: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(string, tag = "13")]
+    pub traceparent: ::prost::alloc::string::String,
+    #[prost(string, tag = "15")]
+    pub tracestate: ::prost::alloc::string::String,
+    /// Since its enqueue.
+    #[prost(uint64, tag = "16")]
+    pub age_ms: u64,
+    /// How long it has been in its state.
+    #[prost(uint64, tag = "17")]
+    pub since_ms: u64,
+    /// Until something happens by itself: it becomes ready, its visibility ends, its record goes. 0 is never.
+    #[prost(uint64, tag = "18")]
+    pub remaining_ms: u64,
+    /// Who works on it, and what was last told of it.
+    #[prost(string, tag = "19")]
+    pub worker: ::prost::alloc::string::String,
+    #[prost(string, tag = "20")]
+    pub progress: ::prost::alloc::string::String,
+    #[prost(bool, tag = "21")]
+    pub cancel_requested: bool,
+    /// Of a dead or cancelled one.
+    #[prost(string, tag = "22")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, tag = "23")]
+    pub result: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "24")]
+    pub result_bytes: ::prost::bytes::Bytes,
+    /// Past deliveries, the newest last; at most 32.
+    #[prost(message, repeated, tag = "25")]
+    pub attempts: ::prost::alloc::vec::Vec<PastAttempt>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PastAttempt {
+    #[prost(uint32, tag = "1")]
+    pub attempt: u32,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    #[prost(string, tag = "3")]
+    pub worker: ::prost::alloc::string::String,
+    /// How long ago it began and ended.
+    #[prost(uint64, tag = "4")]
+    pub began_ms: u64,
+    #[prost(uint64, tag = "5")]
+    pub ended_ms: u64,
+    /// `failed`, `expired` or `released`.
+    #[prost(string, tag = "6")]
+    pub how: ::prost::alloc::string::String,
+    #[prost(string, tag = "7")]
+    pub error: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JobGetRequest {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(bool, tag = "2")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JobGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub job: ::core::option::Option<Job>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JobListRequest {
+    #[prost(string, tag = "1")]
+    pub queue: ::prost::alloc::string::String,
+    /// The name of a state; empty is `ready`.
+    #[prost(string, tag = "2")]
+    pub state: ::prost::alloc::string::String,
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "3")]
+    pub limit: u32,
+    /// Begin after this job: `next` of the page before. Not for ready ones, of which the first are told.
+    #[prost(string, tag = "4")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(bool, tag = "5")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JobListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Payloads above 1,024 bytes are left out.
+    #[prost(message, repeated, tag = "2")]
+    pub jobs: ::prost::alloc::vec::Vec<Job>,
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum DedupScope {
+    /// Until the job is done, dead or cancelled. There is no clock in it.
+    UntilDone = 0,
+    /// For `dedup_window_ms` from the enqueue, whatever becomes of the job.
+    Window = 1,
+    /// Until the job is delivered for the first time.
+    UntilStarted = 2,
+}
+impl DedupScope {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::UntilDone => "UNTIL_DONE",
+            Self::Window => "WINDOW",
+            Self::UntilStarted => "UNTIL_STARTED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "UNTIL_DONE" => Some(Self::UntilDone),
+            "WINDOW" => Some(Self::Window),
+            "UNTIL_STARTED" => Some(Self::UntilStarted),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OnDuplicate {
+    /// The answer names the job that is there, as a duplicate.
+    ReturnExisting = 0,
+    /// The same, and its payload is replaced; refused where it is being worked on or finished.
+    ReplacePayload = 1,
+    Error = 2,
+}
+impl OnDuplicate {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::ReturnExisting => "RETURN_EXISTING",
+            Self::ReplacePayload => "REPLACE_PAYLOAD",
+            Self::Error => "ERROR",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "RETURN_EXISTING" => Some(Self::ReturnExisting),
+            "REPLACE_PAYLOAD" => Some(Self::ReplacePayload),
+            "ERROR" => Some(Self::Error),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OnDead {
+    /// Not given: stays as it is.
+    Unchanged = 0,
+    /// The next of the group is delivered.
+    Pass = 1,
+    /// The group waits until the dead job is redriven, cancelled or purged.
+    Block = 2,
+}
+impl OnDead {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unchanged => "UNCHANGED",
+            Self::Pass => "PASS",
+            Self::Block => "BLOCK",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "UNCHANGED" => Some(Self::Unchanged),
+            "PASS" => Some(Self::Pass),
+            "BLOCK" => Some(Self::Block),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod queues_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct QueuesClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> QueuesClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> QueuesClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            QueuesClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Adds jobs, all or none. A queue that is not there is made. Errors: DUPLICATE (`on_duplicate` asked for it), IN_FLIGHT (the job whose payload should be
+        /// replaced is being worked on), QUOTA, TOO_LARGE, INVALID. A lost answer is no loss with a request id, nor with a key of deduplication.
+        pub async fn enqueue(
+            &mut self,
+            request: impl tonic::IntoRequest<super::EnqueueRequest>,
+        ) -> std::result::Result<tonic::Response<super::EnqueueReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Enqueue");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Enqueue"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Asks for jobs. None is no error but an empty answer. Whoever waits gets a job in the very commit that makes it ready, in the order of arrival. Each
+        /// delivery counts as an attempt. Errors: QUOTA (too many wait), INVALID.
+        pub async fn receive(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReceiveRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReceiveReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Receive");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Receive"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Says that jobs are done, and may receive the next ones in the same commit. The same receipt twice succeeds twice. Errors: FENCED (and nothing
+        /// happens, unless `each`), INVALID.
+        pub async fn ack(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AckRequest>,
+        ) -> std::result::Result<tonic::Response<super::ReceiveReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Ack");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Ack"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Says that an attempt has failed: the job is tried again after a pause, or is dead. Errors: FENCED, INVALID.
+        pub async fn nack(
+            &mut self,
+            request: impl tonic::IntoRequest<super::NackRequest>,
+        ) -> std::result::Result<tonic::Response<super::MoveReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Nack");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Nack"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives a job back unharmed: it is ready again at once, and no attempt is spent. Errors: FENCED, INVALID.
+        pub async fn release(
+            &mut self,
+            request: impl tonic::IntoRequest<super::JobReleaseRequest>,
+        ) -> std::result::Result<tonic::Response<super::MoveReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Release");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Release"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Prolongs a delivery, to 12 hours in all. Errors: FENCED, INVALID.
+        pub async fn heartbeat(
+            &mut self,
+            request: impl tonic::IntoRequest<super::JobHeartbeatRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::JobHeartbeatReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Queues/Heartbeat",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Queues", "Heartbeat"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends the waits of a receiver that gives up. What it had been given stays with it.
+        pub async fn leave(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LeaveRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaveReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Leave");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Leave"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Cancels a job: one that waits at once, one that is being worked on when its worker hears of it, or at once with `force`. Errors: NOT_FOUND.
+        pub async fn cancel(
+            &mut self,
+            request: impl tonic::IntoRequest<super::JobCancelRequest>,
+        ) -> std::result::Result<tonic::Response<super::MoveReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Cancel");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Cancel"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives dead jobs another life, with all their attempts; in a FIFO group at its tail. Errors: NOT_FOUND (no such queue), INVALID.
+        pub async fn redrive(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RedriveRequest>,
+        ) -> std::result::Result<tonic::Response<super::SweepReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Redrive");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Redrive"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Throws jobs away. Errors: NOT_FOUND (no such queue), INVALID (`confirm` is not the name of the queue).
+        pub async fn purge(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PurgeRequest>,
+        ) -> std::result::Result<tonic::Response<super::SweepReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Purge");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Purge"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Changes how a queue treats its jobs; what is left out stays as it is. Errors: INVALID.
+        pub async fn configure(
+            &mut self,
+            request: impl tonic::IntoRequest<super::QueueConfigureRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::QueueConfigureReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Queues/Configure",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Queues", "Configure"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells the settings and counts of a queue. Errors: NOT_FOUND.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::QueueGetRequest>,
+        ) -> std::result::Result<tonic::Response<super::QueueGetReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists queues by name, in pages.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::QueueListRequest>,
+        ) -> std::result::Result<tonic::Response<super::QueueListReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Looks at one job without taking it. Errors: NOT_FOUND.
+        pub async fn get_job(
+            &mut self,
+            request: impl tonic::IntoRequest<super::JobGetRequest>,
+        ) -> std::result::Result<tonic::Response<super::JobGetReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Queues/GetJob");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "GetJob"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Looks at the jobs of a queue in one state, without taking them.
+        pub async fn list_jobs(
+            &mut self,
+            request: impl tonic::IntoRequest<super::JobListRequest>,
+        ) -> std::result::Result<tonic::Response<super::JobListReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Queues/ListJobs",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Queues", "ListJobs"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Pool {
     #[prost(string, tag = "1")]

@@ -97,6 +97,7 @@ fn jobs(said: &Said<'_>) -> Vec<NewJob> {
             None => payload.as_bytes().into(),
         },
         delay_ms: said.ms("delay"),
+        run_at_ms: said.option("at").map(|at| at.parse().unwrap()),
         priority: said.option("priority").map_or(0, |n| n.parse().unwrap()),
         terms: terms.clone(),
         on_duplicate: match said.option("duplicate") {
