@@ -411,6 +411,8 @@ coded_struct! {
     pub struct Received as "received jobs" {
         pub jobs: Vec<Delivered>,
         pub settled: Vec<Settled>,
+        /// From the entry of the receive to that of the delivery; what came before is not counted, so that a worker's deadline is never late.
+        pub waited_ms: u64,
     }
 }
 
@@ -509,9 +511,12 @@ impl QueueOp {
     }
 
     /// What a waiter is told whose time is over: no job came, which is no error.
-    pub(crate) fn wait_over(&self, _: &Machine, _: &Waiter) -> Option<Result<OpReply, Rejection>> {
+    pub(crate) fn wait_over(&self, machine: &Machine, waiter: &Waiter) -> Option<Result<OpReply, Rejection>> {
         let Self::Receive(receive) = self else { return None };
-        Some(Ok(QueueReply::Received(Received { jobs: Vec::new(), settled: receive.settled.clone() }).into()))
+        let waited_ms = machine.stamp.0 - waiter.since.0;
+        Some(
+            Ok(QueueReply::Received(Received { jobs: Vec::new(), settled: receive.settled.clone(), waited_ms }).into()),
+        )
     }
 }
 

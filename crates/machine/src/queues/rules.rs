@@ -254,13 +254,19 @@ impl Commit<'_> {
             if jobs.is_empty() {
                 return;
             }
-            self.end_wait(number, Ok(QueueReply::Received(Received { jobs, settled: receive.settled }).into()));
+            let waited_ms = self.waited_ms(number);
+            let received = Received { jobs, settled: receive.settled, waited_ms };
+            self.end_wait(number, Ok(QueueReply::Received(received).into()));
         }
     }
 
     fn has_ready_job(&self, queue: &ObjectKey) -> bool {
         let Some(queue) = self.object::<Queue>(queue).filter(|queue| queue.is_open()) else { return false };
         self.queue_lines(queue.number).is_some_and(|lines| lines.counts[3] > 0)
+    }
+
+    fn waited_ms(&self, number: WaiterNumber) -> u64 {
+        self.m.waits.get(number).map_or(0, |waiter| self.m.stamp.0 - waiter.since.0)
     }
 
     fn waiting_receive(&self, number: WaiterNumber) -> Option<Receive> {
@@ -352,7 +358,7 @@ impl Commit<'_> {
         let namespace = self.txn.namespace;
         let jobs = self.fill_receive(namespace, receive);
         if !jobs.is_empty() || receive.wait_ms == 0 {
-            return Ok(QueueReply::Received(Received { jobs, settled }).into());
+            return Ok(QueueReply::Received(Received { jobs, settled, waited_ms: 0 }).into());
         }
         self.check_alone()?;
         let queues = receive.queues.iter().map(|name| ObjectKey::of::<Queue>(namespace, name));
@@ -386,7 +392,8 @@ impl Commit<'_> {
             let Some(receive) = self.waiting_receive(number) else { continue };
             let here = self.m.waits.get(number).and_then(|waiter| waiter.on.first()).map(ObjectKey::namespace);
             if here == Some(self.txn.namespace) {
-                let empty = Received { jobs: Vec::new(), settled: receive.settled };
+                let waited_ms = self.waited_ms(number);
+                let empty = Received { jobs: Vec::new(), settled: receive.settled, waited_ms };
                 self.end_wait(number, Ok(QueueReply::Received(empty).into()));
                 left += 1;
             }
@@ -454,7 +461,7 @@ impl Commit<'_> {
         }
         match &acks.receive {
             Some(receive) => self.receive_jobs(receive, settled),
-            None => Ok(QueueReply::Received(Received { jobs: Vec::new(), settled }).into()),
+            None => Ok(QueueReply::Received(Received { jobs: Vec::new(), settled, waited_ms: 0 }).into()),
         }
     }
 

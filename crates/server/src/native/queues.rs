@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -132,10 +132,9 @@ where
     P: Fn(&Caller, &Q) -> Result<Txn, Refused> + Send + Sync + 'static,
 {
     let planned: PlanFn = Arc::new(move |_: &Context, caller: &Caller, message: Bytes| {
-        let arrived = Instant::now();
         let request = Q::decode(message).map_err(|error| refuse("body", error.to_string()))?;
         let txn = plan(caller, &request)?;
-        let finish: NativeFinish = Box::new(move |_, changed| Ok(received(changed, arrived)?.encode_to_vec().into()));
+        let finish: NativeFinish = Box::new(move |_, changed| Ok(received(changed)?.encode_to_vec().into()));
         Ok(Plan::Write(txn, Finish::Native(finish)))
     });
     router.plans.insert(path, planned.clone());
@@ -154,13 +153,15 @@ where
     });
 }
 
-fn received(changed: Changed, arrived: Instant) -> Result<v1::ReceiveReply, Refused> {
-    let QueueReply::Received(Received { jobs, settled }) = reply_of(changed.reply)? else { return Err(mixed_up()) };
+fn received(changed: Changed) -> Result<v1::ReceiveReply, Refused> {
+    let QueueReply::Received(Received { jobs, settled, waited_ms }) = reply_of(changed.reply)? else {
+        return Err(mixed_up());
+    };
     Ok(v1::ReceiveReply {
         header: Some(changed.header),
         jobs: jobs.into_iter().map(delivered).collect(),
         settled: settled.into_iter().map(settled_receipt).collect(),
-        waited_ms: arrived.elapsed().as_millis() as u64,
+        waited_ms,
     })
 }
 

@@ -3628,7 +3628,7 @@ pub struct ReceiveReply {
     /// Of an ack: what became of each receipt.
     #[prost(message, repeated, tag = "3")]
     pub settled: ::prost::alloc::vec::Vec<SettledReceipt>,
-    /// From the arrival of the call to its decision. A worker's deadline is its sending of the call + `waited_ms` + `visibility_ms`, less a margin.
+    /// How long the receive stood waiting in the log. A worker's deadline is its sending of the call + `waited_ms` + `visibility_ms`, less a margin.
     #[prost(uint64, tag = "4")]
     pub waited_ms: u64,
 }

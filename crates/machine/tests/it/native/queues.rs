@@ -193,7 +193,9 @@ pub(super) fn said(reply: &NativeReply) -> Option<String> {
                     job.age_ms
                 )
             });
-            format!("{}received [{}]", settled.collect::<String>(), jobs.collect::<Vec<_>>().join(", "))
+            let waited =
+                if received.waited_ms > 0 { format!(" waited {}ms", received.waited_ms) } else { String::new() };
+            format!("{}received [{}]{waited}", settled.collect::<String>(), jobs.collect::<Vec<_>>().join(", "))
         }
         QueueReply::Moved(moved) => {
             let delay = if moved.delay_ms > 0 { format!(" for {}ms", moved.delay_ms) } else { String::new() };
