@@ -76,7 +76,12 @@ fn test(tally: &mut Tally) {
         t.clone().with("RUSTDOCFLAGS", "-D warnings").cargo(&["doc", "--workspace", "--no-deps"])
     });
     deny(tally);
-    tally.step("unit, script and integration tests", |t| t.cargo(&["test", "--workspace", "--no-fail-fast"]));
+    tally.step("unit, script and integration tests", |t| {
+        let Some(validator) = tools::openapi_validator(t) else {
+            return Outcome::failed("the validator of OpenAPI documents could not be installed");
+        };
+        t.clone().with("OPENAPI_VALIDATOR", &validator).cargo(&["test", "--workspace", "--no-fail-fast"])
+    });
     sim(tally, &[]);
     diff_etcd(tally, &[]);
     clients(tally);

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Packages of Debian: the program that shows that it is there, and the package.
-const DEBIAN: [(&str, &str); 3] = [("curl", "curl"), ("ip", "iproute2"), ("go", "golang-go")];
+const DEBIAN: [(&str, &str); 5] =
+    [("curl", "curl"), ("jq", "jq"), ("ip", "iproute2"), ("go", "golang-go"), ("python3", "python3-venv")];
 
 pub(crate) fn install_missing(tally: &mut Tally) {
     let missing: Vec<&str> =
@@ -37,6 +38,20 @@ pub(crate) fn build_etcd(t: &Runner, folder: &Path) -> Outcome {
     packages.iter().zip(names).fold(Outcome::ok(), |so_far, (package, name)| {
         so_far.and(|| t.in_folder("tests").command("go", &["build", "-o", &format!("{target}{name}"), package]))
     })
+}
+
+/// The path of a public validator of OpenAPI documents, installed into the target folder when it is not there.
+pub(crate) fn openapi_validator(t: &Runner) -> Option<String> {
+    let tools = root().join("target/tools/openapi");
+    let program = tools.join("bin/openapi-spec-validator");
+    if !program.is_file() {
+        let folder = tools.display().to_string();
+        let pip = tools.join("bin/pip").display().to_string();
+        let _ = t
+            .command("python3", &["-m", "venv", &folder])
+            .and(|| t.command(&pip, &["install", "--quiet", "openapi-spec-validator==0.9.0"]));
+    }
+    program.is_file().then(|| program.display().to_string())
 }
 
 /// The path of cargo-deny, installed into the target folder when it is not on the machine.

@@ -25,6 +25,8 @@ pub(crate) mod exit {
     pub(crate) const QUOTA: u8 = 18;
     pub(crate) const NOT_FOUND: u8 = 19;
     pub(crate) const CANCELLED: u8 = 20;
+    /// It has run, and its result was too large to be kept.
+    pub(crate) const NOT_RETAINED: u8 = 21;
     /// Wrong use: flags, names, sizes (EX_USAGE).
     pub(crate) const USAGE: u8 = 64;
     /// A backup is damaged, or of another format (EX_DATAERR).
@@ -157,6 +159,7 @@ fn exit_of_code(code: Code) -> u8 {
         Code::Unauthenticated | Code::Denied => exit::DENIED,
         Code::NotFound => exit::NOT_FOUND,
         Code::Cancelled => exit::CANCELLED,
+        Code::ResultNotRetained => exit::NOT_RETAINED,
         // `Other`, and what a newer service may say.
         _ => exit::FAILURE,
     }
@@ -262,6 +265,17 @@ pub(crate) fn print_table(headings: &[&str], rows: &[Vec<String>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_code_has_its_exit() {
+        let table = include_str!("../../../tests/errors.txt");
+        for row in table.lines().filter(|line| !line.starts_with('#')) {
+            let row: Vec<_> = row.split_whitespace().collect();
+            let [code, .., exit, _] = row[..] else { panic!("a row of the table: {row:?}") };
+            assert_eq!(exit_of_code(Code::from_name(code)).to_string(), exit, "{code}");
+        }
+        assert_eq!(exit_of_code(Code::Other), exit::FAILURE);
+    }
 
     #[test]
     fn durations_are_read_as_people_and_flock_write_them() {

@@ -265,6 +265,8 @@ pub enum Code {
     NeedsReconcile,
     /// It happened already.
     Duplicate,
+    /// It happened already, and its result was too large to be kept.
+    ResultNotRetained,
     /// That revision is no longer kept.
     Compacted,
     /// The request is too large.
@@ -289,7 +291,7 @@ pub enum Code {
 }
 
 impl Code {
-    const NAMES: [(&'static str, Self); 20] = [
+    const NAMES: [(&'static str, Self); 21] = [
         ("CONFLICT", Self::Conflict),
         ("HELD", Self::Held),
         ("TIMEOUT_WAITING", Self::TimeoutWaiting),
@@ -301,6 +303,7 @@ impl Code {
         ("MISMATCH", Self::Mismatch),
         ("NEEDS_RECONCILE", Self::NeedsReconcile),
         ("DUPLICATE", Self::Duplicate),
+        ("RESULT_NOT_RETAINED", Self::ResultNotRetained),
         ("COMPACTED", Self::Compacted),
         ("TOO_LARGE", Self::TooLarge),
         ("QUOTA", Self::Quota),
@@ -341,6 +344,10 @@ mod tests {
             assert_eq!((code.name(), Code::from_name(name)), (name, code));
         }
         assert_eq!(Code::from_name("SOMETHING_NEW"), Code::Other);
+        let table = include_str!("../../../tests/errors.txt");
+        for code in table.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split(' ').next()) {
+            assert_ne!(Code::from_name(code), Code::Other, "{code}");
+        }
     }
 
     #[test]

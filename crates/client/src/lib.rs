@@ -52,6 +52,7 @@ mod registry;
 mod requests;
 mod reservation;
 mod session;
+mod things;
 mod txn;
 mod watch;
 
@@ -74,4 +75,5 @@ pub use registry::{
     ServiceInstances, ServiceSummary,
 };
 pub use session::{CreateSession, OnExpire, Session, SessionInfo};
+pub use things::{Thing, ThingEvent, ThingWatch, WatchingThings};
 pub use watch::{EventKind, Watch, WatchEvent, Watching};

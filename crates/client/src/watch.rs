@@ -271,7 +271,7 @@ impl Watch {
 }
 
 /// An error if trying again cannot help.
-fn lasting(status: &tonic::Status) -> Result<(), Error> {
+pub(crate) fn lasting(status: &tonic::Status) -> Result<(), Error> {
     match status.code() {
         tonic::Code::InvalidArgument
         | tonic::Code::PermissionDenied
@@ -328,7 +328,7 @@ fn prefix_end(prefix: &[u8]) -> Bytes {
     Bytes::from_static(&[0])
 }
 
-fn pause(tries: u32) -> Duration {
+pub(crate) fn pause(tries: u32) -> Duration {
     if tries == 0 {
         Duration::ZERO
     } else {

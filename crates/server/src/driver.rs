@@ -847,13 +847,15 @@ impl Loop {
 
     fn publish(&mut self, effects: &mut Effects) {
         self.hub.publish(&effects.changes);
-        self.followers.publish(&effects.changes, self.member.machine());
+        let mut replaced = None;
         if std::mem::take(&mut effects.restored) {
             // Changes of this poll may be from before the snapshot.
             let last = effects.changes.last().map_or(self.published, |c| c.record.meta().mod_revision);
-            self.hub.restored(self.published.max(last));
-            self.followers.restored(self.published.max(last));
+            let published = self.published.max(last);
+            self.hub.restored(published);
+            replaced = Some(published);
         }
+        self.followers.publish(&effects.changes, replaced, self.member.machine());
         self.published = self.member.machine().revision();
         effects.changes.clear();
     }

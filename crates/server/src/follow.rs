@@ -206,8 +206,8 @@ impl Followers {
         }
     }
 
-    /// Hands the changes of one round over.
-    pub(crate) fn publish(&mut self, changes: &[Change], machine: &Machine) {
+    /// Hands the changes of one round over. `replaced`: up to there, for the state was then replaced by a later one without the changes in between.
+    pub(crate) fn publish(&mut self, changes: &[Change], replaced: Option<Revision>, machine: &Machine) {
         if !self.index.is_empty() {
             let mut found = std::mem::take(&mut self.found);
             for change in changes {
@@ -218,6 +218,10 @@ impl Followers {
                 }
             }
             self.found = found;
+        }
+        if let Some(published) = replaced {
+            // Before the later revision is told: nobody may take it for what it was given.
+            self.restored(published);
         }
         let now = machine.revision();
         self.published.store(now.0, Ordering::Release);
@@ -247,8 +251,8 @@ impl Followers {
         }
     }
 
-    /// The state was replaced by a later one without the changes in between: everybody asks history. Everything up to `published` was handed out.
-    pub(crate) fn restored(&mut self, published: Revision) {
+    /// Everybody asks history. Everything up to `published` was handed out.
+    fn restored(&mut self, published: Revision) {
         for at in 0..self.all.len() as WatcherId {
             let Some(entry) = &self.all[at as usize] else { continue };
             entry.way.lock().fall_behind(published.next().max(entry.from));

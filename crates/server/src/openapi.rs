@@ -1,8 +1,8 @@
 //! `/openapi.json`: the native API, described from the same descriptors that serve it.
 //!
 //! Promises. O1: every HTTP binding of `tenure.v1` is a path, with its parameters and bodies, and every message that they reach is a
-//! schema. O2: the types are those of the JSON mapping: 64-bit numbers are strings of decimal digits, bytes are base64.
-//! Not promised. Comments of the proto files are not in the descriptors, so the document has no prose beyond names.
+//! schema. O2: the types are those of the JSON mapping: 64-bit numbers are strings of decimal digits, bytes are base64. O3: the prose is that of
+//! the proto files. O4: it is a valid document of OpenAPI 3.1, and the same bytes each time.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,13 +12,24 @@ use serde_json::{Map, Value, json};
 use crate::transcode::{Rule, Transcoder};
 
 pub(crate) fn document(transcoder: &Transcoder) -> String {
-    let mut schemas = Schemas::default();
+    let prose = Prose::read();
+    let mut schemas = Schemas::new(&prose);
     let mut paths: BTreeMap<String, Map<String, Value>> = BTreeMap::new();
+    let mut services = BTreeSet::new();
+    let mut ids = BTreeSet::new();
     for rule in transcoder.rules().iter().filter(|rule| rule.template.text.starts_with("/v1/")) {
         let (variables, path) = rule.template.for_openapi();
-        let operation = operation(rule, &variables, &mut schemas);
+        let operation = operation(rule, &variables, id(rule, &mut ids), &mut schemas);
+        services.insert(rule.method.parent_service().full_name().to_owned());
         paths.entry(path).or_default().insert(rule.verb.as_str().to_ascii_lowercase(), operation);
     }
+    let tags: Vec<Value> = services
+        .iter()
+        .map(|service| {
+            let name = service.rsplit('.').next().unwrap_or_default();
+            with_prose(json!({ "name": name }), prose.of(service))
+        })
+        .collect();
     let schemas = schemas.finish();
     json!({
         "openapi": "3.1.0",
@@ -27,21 +38,52 @@ pub(crate) fn document(transcoder: &Transcoder) -> String {
             "version": env!("CARGO_PKG_VERSION"),
             "license": { "name": "Apache-2.0", "identifier": "Apache-2.0" },
         },
+        "servers": [{ "url": "/" }],
+        "tags": tags,
         "paths": paths,
         "components": { "schemas": schemas },
     })
     .to_string()
 }
 
-fn operation(rule: &Rule, variables: &[&str], schemas: &mut Schemas) -> Value {
+/// What the proto files say of a name.
+struct Prose(BTreeMap<&'static str, &'static str>);
+
+impl Prose {
+    fn read() -> Self {
+        Self(tenure_wire::DESCRIPTIONS.lines().filter_map(|line| line.split_once('\t')).collect())
+    }
+
+    fn of(&self, name: &str) -> Option<&'static str> {
+        self.0.get(name).copied()
+    }
+}
+
+fn with_prose(mut value: Value, prose: Option<&str>) -> Value {
+    if let (Some(object), Some(prose)) = (value.as_object_mut(), prose) {
+        object.insert("description".into(), prose.into());
+    }
+    value
+}
+
+/// The first binding of a method has its name; others say by which verb they come.
+fn id(rule: &Rule, ids: &mut BTreeSet<String>) -> String {
+    let name = format!("{}_{}", rule.method.parent_service().name(), rule.method.name());
+    let by_verb = format!("{name}_{}", rule.verb.as_str().to_ascii_lowercase());
+    let more = (2..).map(|number| format!("{by_verb}_{number}"));
+    let free = [name, by_verb.clone()].into_iter().chain(more).find(|id| !ids.contains(id)).unwrap_or(by_verb);
+    ids.insert(free.clone());
+    free
+}
+
+fn operation(rule: &Rule, variables: &[&str], id: String, schemas: &mut Schemas<'_>) -> Value {
     let service = rule.method.parent_service();
     let mut operation = Map::new();
-    // A method with two bindings needs two ids.
-    let suffix = if rule.has_body || rule.verb == http::Method::GET { "" } else { "_2" };
-    let is_second = rule.has_body && !is_change(rule);
-    let name = format!("{}_{}{}", service.name(), rule.method.name(), if is_second { "_post" } else { suffix });
-    operation.insert("operationId".into(), name.into());
+    operation.insert("operationId".into(), id.into());
     operation.insert("tags".into(), json!([service.name()]));
+    if let Some(prose) = schemas.prose.of(rule.method.full_name()) {
+        operation.insert("description".into(), prose.into());
+    }
     let parameters = parameters(rule, variables, schemas);
     if !parameters.is_empty() {
         operation.insert("parameters".into(), parameters.into());
@@ -51,59 +93,102 @@ fn operation(rule: &Rule, variables: &[&str], schemas: &mut Schemas) -> Value {
         let content = json!({ "application/json": { "schema": schema } });
         operation.insert("requestBody".into(), json!({ "required": true, "content": content }));
     }
-    let answer = schemas.reference(&rule.method.output());
-    let answers = json!({
-        "200": { "description": "Done.", "content": { "application/json": { "schema": answer } } },
+    let mut answers = json!({
+        "200": answer(rule, schemas),
         "default": {
             "description": "Refused; `code` and `facts` say why.",
             "content": { "application/problem+json": { "schema": { "$ref": "#/components/schemas/Problem" } } },
         },
     });
+    if is_tagged(rule) && rule.verb == http::Method::GET {
+        answers["304"] = json!({ "description": "Still as the tag in If-None-Match says." });
+    }
     operation.insert("responses".into(), answers);
     Value::Object(operation)
 }
 
-/// Changes carry a request id or have no other binding; reads that also take a body are second bindings of a GET.
-fn is_change(rule: &Rule) -> bool {
-    let verb = rule.template.text.rsplit_once(':').map_or("", |(_, verb)| verb);
-    !matches!(verb, "get" | "range" | "list")
+/// One message, or a stream of them: a line each, or an event each for who accepts events.
+fn answer(rule: &Rule, schemas: &mut Schemas<'_>) -> Value {
+    let message = schemas.reference(&rule.method.output());
+    if !rule.method.is_server_streaming() {
+        let etag = json!({ "ETag": { "description": "The key's `mod_revision`.", "schema": { "type": "string" } } });
+        let mut answer = json!({ "description": "Done.", "content": { "application/json": { "schema": message } } });
+        if is_tagged(rule) && rule.verb != http::Method::DELETE {
+            answer["headers"] = etag;
+        }
+        return answer;
+    }
+    let line = json!({ "type": "object", "properties": { "result": message }, "additionalProperties": false });
+    json!({
+        "description": "A stream: a JSON object per line, or server-sent events whose data is the message itself and whose id, where there is one, is its `resume`. \
+            An error behind the first answer is the last line, under `error`, or an event named `error`.",
+        "content": {
+            "application/json": { "schema": line },
+            "text/event-stream": { "schema": { "type": "string" } },
+        },
+    })
 }
 
-fn parameters(rule: &Rule, variables: &[&str], schemas: &mut Schemas) -> Vec<Value> {
+/// Of one key, by its path.
+fn is_tagged(rule: &Rule) -> bool {
+    rule.method.parent_service().full_name() == "tenure.v1.Kv" && rule.template.text == "/v1/kv/{key=**}"
+}
+
+fn header(name: &str, description: &str) -> Value {
+    json!({ "name": name, "in": "header", "required": false, "description": description, "schema": { "type": "string" } })
+}
+
+fn parameters(rule: &Rule, variables: &[&str], schemas: &mut Schemas<'_>) -> Vec<Value> {
     let mut parameters = Vec::new();
     for field in rule.method.input().fields() {
         let in_path = variables.contains(&field.name());
         let is_scalar = !matches!(field.kind(), Kind::Message(_)) && !field.is_map();
         if in_path || (!rule.has_body && is_scalar) {
-            parameters.push(json!({
+            let parameter = json!({
                 "name": field.name(),
                 "in": if in_path { "path" } else { "query" },
                 "required": in_path,
                 "schema": schemas.field(&field),
-            }));
+            });
+            parameters.push(with_prose(parameter, schemas.prose.of(field.full_name())));
         }
     }
     if rule.method.input().get_field_by_name("request").is_some() {
-        parameters.push(json!({
-            "name": "Idempotency-Key",
-            "in": "header",
-            "required": false,
-            "description": "The request id: 32 hexadecimal digits, hyphens allowed.",
-            "schema": { "type": "string" },
-        }));
+        parameters.push(header("Idempotency-Key", "The request id: 32 hexadecimal digits, hyphens allowed."));
+    }
+    if rule.method.is_server_streaming() && rule.method.input().get_field_by_name("resume").is_some() {
+        parameters.push(header(
+            "Last-Event-ID",
+            "The `resume` to go on from, as a browser gives it back; it wins over the one in the address.",
+        ));
+    }
+    if is_tagged(rule) {
+        match rule.verb {
+            http::Method::GET => parameters.push(header("If-None-Match", "The tag that is known already.")),
+            _ => {
+                parameters.push(header("If-Match", "The tag that the key must have, or `*`: there must be such a key."))
+            }
+        }
+        if rule.verb == http::Method::PUT {
+            parameters.push(header("If-None-Match", "`*`: there must be no such key."));
+        }
     }
     parameters
 }
 
 /// Schemas by full name; what they refer to is added until nothing is missing.
-#[derive(Default)]
-struct Schemas {
+struct Schemas<'p> {
+    prose: &'p Prose,
     done: BTreeMap<String, Value>,
     asked: BTreeSet<String>,
     open: Vec<MessageDescriptor>,
 }
 
-impl Schemas {
+impl<'p> Schemas<'p> {
+    fn new(prose: &'p Prose) -> Self {
+        Self { prose, done: BTreeMap::new(), asked: BTreeSet::new(), open: Vec::new() }
+    }
+
     fn reference(&mut self, kind: &MessageDescriptor) -> Value {
         if self.asked.insert(kind.full_name().to_owned()) {
             self.open.push(kind.clone());
@@ -121,9 +206,14 @@ impl Schemas {
     }
 
     fn message(&mut self, kind: &MessageDescriptor) -> Value {
+        let described = |field: &FieldDescriptor, schemas: &mut Self| {
+            let schema = schemas.field(field);
+            with_prose(schema, schemas.prose.of(field.full_name()))
+        };
         let properties: Map<String, Value> =
-            kind.fields().map(|field| (field.name().to_owned(), self.field(&field))).collect();
-        json!({ "type": "object", "properties": properties, "additionalProperties": false })
+            kind.fields().map(|field| (field.name().to_owned(), described(&field, self))).collect();
+        let schema = json!({ "type": "object", "properties": properties, "additionalProperties": false });
+        with_prose(schema, self.prose.of(kind.full_name()))
     }
 
     fn field(&mut self, field: &FieldDescriptor) -> Value {

@@ -170,6 +170,7 @@ fn native_code(code: &str) -> Code {
         "UNAUTHENTICATED" => Code::Unauthenticated,
         "DENIED" => Code::PermissionDenied,
         "CANCELLED" => Code::Cancelled,
+        "DUPLICATE" => Code::AlreadyExists,
         _ => Code::InvalidArgument,
     }
 }
@@ -439,6 +440,46 @@ mod tests {
         let status = native_status(error);
         assert_eq!(status.code, Code::Aborted);
         assert!(!status.details.is_empty());
+    }
+
+    #[test]
+    fn every_code_has_its_grpc_code_and_says_whether_to_try_again() {
+        let table = include_str!("../../../tests/errors.txt");
+        let rows = table.lines().filter(|line| !line.starts_with('#')).map(|line| line.split_whitespace().collect());
+        let mut codes = Vec::new();
+        for row in rows {
+            let row: Vec<&'static str> = row;
+            let [code, grpc, _, later, _, _, retryable] = row[..] else { panic!("a row of the table: {row:?}") };
+            let error = error(code, String::new(), Kind::Change);
+            assert_eq!(native_code(code).name(), grpc, "{code}");
+            assert_eq!((error.retryable, error.retry_after_ms > 0), (retryable == "yes", later == "yes"), "{code}");
+            codes.push(code);
+        }
+        // Whatever the state machine refuses with is in the table.
+        let refusals = [
+            RefusalCode::Conflict,
+            RefusalCode::Held,
+            RefusalCode::TimeoutWaiting,
+            RefusalCode::Cancelled,
+            RefusalCode::Deadlock,
+            RefusalCode::Fenced,
+            RefusalCode::SessionExpired,
+            RefusalCode::InFlight,
+            RefusalCode::Mismatch,
+            RefusalCode::NeedsReconcile,
+            RefusalCode::Compacted,
+            RefusalCode::TooLarge,
+            RefusalCode::Quota,
+            RefusalCode::RateLimited,
+            RefusalCode::NotFound,
+            RefusalCode::Invalid,
+            RefusalCode::Duplicate,
+            RefusalCode::ResultNotRetained,
+        ];
+        for refusal in refusals {
+            assert!(codes.contains(&code_of_refusal(refusal)), "{refusal:?}");
+        }
+        assert_eq!(codes.len(), 21);
     }
 
     #[test]

@@ -23,12 +23,13 @@ use prost_reflect::{
 };
 use serde_json::json;
 
-use self::problem::problem_response;
+use self::problem::{problem_response, problem_response_as};
 use self::stream::{Requests, stream_response};
 use crate::front::{App, Body, FrontError, full};
 use crate::pages::percent_decode;
 use crate::rpc::{Call, Code, Face, Method, Status, UnaryFn};
 
+mod conditions;
 mod etcd_json;
 mod fields;
 mod problem;
@@ -239,6 +240,9 @@ pub(crate) async fn serve(app: &Arc<App>, request: Request<Body>, peer: SocketAd
             &Status::new(Code::PermissionDenied, "requests of other sites' pages are refused"),
         );
     }
+    if face == Face::NativeJson && !may_be_json(request.headers()) {
+        return wrong_type();
+    }
     match app.transcoder().find(&verb, &path) {
         Found::Rule(rule, variables) => match run(app, rule, variables, request, peer).await {
             Ok(response) => response,
@@ -262,9 +266,28 @@ fn is_from_elsewhere(request: &Request<Body>) -> bool {
     site.is_none() || site != host
 }
 
+/// A body that calls itself something else than JSON is refused. `curl -d` calls everything a form, and text is what browsers call what they do not know:
+/// both are read as JSON.
+fn may_be_json(headers: &HeaderMap) -> bool {
+    let Some(kind) = headers.get(header::CONTENT_TYPE) else { return true };
+    let Ok(kind) = kind.to_str() else { return false };
+    let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    kind.is_empty()
+        || kind.ends_with("/json")
+        || kind.ends_with("+json")
+        || matches!(kind.as_str(), "text/plain" | "application/x-www-form-urlencoded" | "application/octet-stream")
+}
+
+fn wrong_type() -> Response<Body> {
+    let status = Status::invalid_argument("a body is JSON: `content-type: application/json`");
+    let mut response = problem_response_as(&status, Some(StatusCode::UNSUPPORTED_MEDIA_TYPE));
+    response.headers_mut().insert(HeaderName::from_static("accept-post"), HeaderValue::from_static("application/json"));
+    response
+}
+
 fn wrong_verb(verbs: &[&Verb]) -> Response<Body> {
-    let mut response = problem_response(&Status::unimplemented("Method Not Allowed"));
-    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    let status = Status::unimplemented("Method Not Allowed");
+    let mut response = problem_response_as(&status, Some(StatusCode::METHOD_NOT_ALLOWED));
     let allow = verbs.iter().map(|verb| verb.as_str()).collect::<Vec<_>>().join(", ");
     if let Ok(allow) = HeaderValue::try_from(allow) {
         response.headers_mut().insert(header::ALLOW, allow);
@@ -356,6 +379,7 @@ fn request_message(
     }
     idempotency_key(&mut message, headers)?;
     last_event_id(&mut message, headers)?;
+    conditions::expect(&mut message, headers)?;
     Ok(message.encode_to_vec().into())
 }
 
@@ -419,15 +443,26 @@ async fn unary(
     if let Some(figures) = figures {
         figures.start();
     }
+    let headers_in = call.metadata.clone();
     let answer = within(call.deadline, method(call, message)).await;
     if let Some(figures) = figures {
         figures.end(answer.as_ref().map_or_else(|status| status.code, |_| Code::Ok));
     }
     let answer = answer?;
     let (text, message) = to_json(&rule.method.output(), &answer)?;
+    let etag = if rule.face == Face::NativeJson { conditions::etag(rule, &message) } else { None };
+    if let Some(etag) = &etag
+        && rule.verb == Verb::GET
+        && conditions::is_known(etag, &headers_in)
+    {
+        return Ok(conditions::not_modified(etag));
+    }
     let mut response = Response::new(full(text));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Some(etag) = etag.and_then(|etag| HeaderValue::try_from(etag).ok()) {
+        headers.insert(header::ETAG, etag);
+    }
     if rule.face == Face::NativeJson && is_replayed(&message) {
         headers.insert(IDEMPOTENT_REPLAYED, HeaderValue::from_static("true"));
     }

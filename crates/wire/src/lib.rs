@@ -8,6 +8,9 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+/// What the comments of the files of `tenure.v1` say: a line with full name, tab and text for each service, method, message and field, sorted.
+pub const DESCRIPTIONS: &str = include_str!("gen/descriptions.txt");
+
 /// The encoded descriptor set of every file below `proto/`, imports included.
 ///
 /// Decode it with a library that keeps extensions (`prost_reflect::DescriptorPool::decode`): the plain descriptor types drop the HTTP

@@ -11,10 +11,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use protox::prost_reflect::prost_types::{DescriptorProto, FileDescriptorProto, FileDescriptorSet};
 
 const USAGE: &str = "usage: tenure-codegen [--check]";
 /// Encoded descriptors of every file, in `gen/`.
 const DESCRIPTORS: &str = "descriptors.bin";
+/// What the comments of our own files say of services, methods, messages and fields, in `gen/`: a line with name, tab, text for each.
+const DESCRIPTIONS: &str = "descriptions.txt";
+/// Files whose comments are told.
+const DESCRIBED: &str = "tenure.v1";
 /// Generated for the HTTP annotations; nothing but the descriptors needs them.
 const UNWANTED: &str = "google.api.rs";
 
@@ -64,6 +69,7 @@ fn generate(proto: &Path) -> Result<Files> {
     let scratch = Scratch::new()?;
     // The code takes the comments; the descriptors go without them, which is a third of the size.
     let commented = compile(proto, &sources, true)?.file_descriptor_set();
+    let descriptions = descriptions(&commented);
     tonic_prost_build::configure()
         .build_server(false)
         .build_transport(false)
@@ -78,8 +84,50 @@ fn generate(proto: &Path) -> Result<Files> {
     let mut files = read(&scratch.0)?;
     files.remove(UNWANTED);
     // Encoded by the compiler itself: a set that went through the plain descriptor types has lost the HTTP annotations.
+    files.insert(DESCRIPTIONS.to_owned(), descriptions.into_bytes());
     files.insert(DESCRIPTORS.to_owned(), compile(proto, &sources, false)?.encode_file_descriptor_set());
     Ok(files)
+}
+
+/// The leading comments of what has a name, sorted by it.
+fn descriptions(set: &FileDescriptorSet) -> String {
+    let mut lines = Vec::new();
+    for file in set.file.iter().filter(|file| file.package() == DESCRIBED) {
+        for location in file.source_code_info.iter().flat_map(|info| &info.location) {
+            let text = location.leading_comments().split_whitespace().collect::<Vec<_>>().join(" ");
+            if let (Some(name), false) = (name_at(file, &location.path), text.is_empty()) {
+                lines.push(format!("{DESCRIBED}.{name}\t{text}\n"));
+            }
+        }
+    }
+    lines.sort();
+    lines.concat()
+}
+
+/// What stands at a path of field numbers and places, as `descriptor.proto` numbers them.
+fn name_at(file: &FileDescriptorProto, path: &[i32]) -> Option<String> {
+    let at = |place: i32| usize::try_from(place).ok();
+    match path {
+        [6, service] => Some(file.service.get(at(*service)?)?.name().to_owned()),
+        [6, service, 2, method] => {
+            let service = file.service.get(at(*service)?)?;
+            Some(format!("{}.{}", service.name(), service.method.get(at(*method)?)?.name()))
+        }
+        [4, message, rest @ ..] => in_message(file.message_type.get(at(*message)?)?, rest),
+        [5, kind] => Some(file.enum_type.get(at(*kind)?)?.name().to_owned()),
+        _ => None,
+    }
+}
+
+fn in_message(message: &DescriptorProto, path: &[i32]) -> Option<String> {
+    let at = |place: i32| usize::try_from(place).ok();
+    let inner = match path {
+        [] => return Some(message.name().to_owned()),
+        [2, field] => message.field.get(at(*field)?)?.name().to_owned(),
+        [3, nested, rest @ ..] => in_message(message.nested_type.get(at(*nested)?)?, rest)?,
+        _ => return None,
+    };
+    Some(format!("{}.{inner}", message.name()))
 }
 
 fn compile(proto: &Path, sources: &[PathBuf], comments: bool) -> Result<protox::Compiler> {

@@ -6,12 +6,20 @@
 use std::collections::BTreeMap;
 
 use base64::Engine as _;
-use tenure_machine::{LOCKS, Record, SESSIONS, Seen, SessionId};
+use tenure_machine::{Election, Health, Instance, LOCKS, Object, Record, SESSIONS, Seen, Service, SessionId, Stored};
 
 use super::{Refused, refuse};
 
 /// Kinds that can be watched, with their letters.
-const KINDS: [(&str, u8); 2] = [("session", SESSIONS), ("lock", LOCKS)];
+const KINDS: [(&str, u8); 5] = [
+    ("session", SESSIONS),
+    ("lock", LOCKS),
+    ("election", Election::KIND),
+    ("service", Instance::KIND),
+    ("service-index", Service::KIND),
+];
+/// Between the service's name and the instance's id in keys; a slash where they are told.
+const SEPARATOR: u8 = 0;
 
 pub(crate) fn letter(kind: &str) -> Option<u8> {
     KINDS.iter().find(|(name, _)| *name == kind).map(|(_, letter)| *letter)
@@ -30,6 +38,16 @@ pub(crate) fn stored_name(letter: u8, name: &str, prefix: bool) -> Result<Vec<u8
             let id: u64 = name.parse().map_err(|_| refuse("name", "a session is named by its id, a number"))?;
             Ok(id.to_be_bytes().to_vec())
         }
+        Instance::KIND => {
+            let mut stored = name.as_bytes().to_vec();
+            // As a prefix only a slash at the end ends the service's name.
+            let slash =
+                if prefix { stored.len().checked_sub(1) } else { stored.iter().rposition(|&byte| byte == b'/') };
+            if let Some(slash) = slash.filter(|&slash| stored[slash] == b'/') {
+                stored[slash] = SEPARATOR;
+            }
+            Ok(stored)
+        }
         _ => Ok(name.as_bytes().to_vec()),
     }
 }
@@ -38,6 +56,7 @@ pub(crate) fn stored_name(letter: u8, name: &str, prefix: bool) -> Result<Vec<u8
 pub(crate) fn told_name(letter: u8, stored: &[u8]) -> Vec<u8> {
     match (letter, <[u8; 8]>::try_from(stored)) {
         (SESSIONS, Ok(id)) => SessionId(u64::from_be_bytes(id)).to_string().into_bytes(),
+        (Instance::KIND, _) => stored.iter().map(|&byte| if byte == SEPARATOR { b'/' } else { byte }).collect(),
         _ => stored.to_vec(),
     }
 }
@@ -70,9 +89,46 @@ pub(crate) fn facts(record: &Record) -> BTreeMap<String, String> {
                 facts.bytes("holder", &newest.owner);
             }
         }
-        Some(Seen::Object(_)) | None => {}
+        Some(Seen::Object(object)) => object_facts(&object, &mut facts),
+        None => {}
     }
     facts.0
+}
+
+fn object_facts(object: &Object, facts: &mut Facts) {
+    match object {
+        Object::Election(election) => {
+            let Some(leader) = &election.leader else { return };
+            facts.put("token", leader.token);
+            facts.put("holder_session", leader.session);
+            facts.put("priority", leader.priority);
+            facts.put("published", leader.published);
+            facts.bytes("value", &leader.value);
+        }
+        Object::Instance(instance) => {
+            facts.put("token", instance.token);
+            facts.put("revision", instance.revision);
+            facts.put("address", &instance.spec.address);
+            facts.put("port", instance.spec.port);
+            facts.put("weight", instance.spec.weight);
+            facts.put("tags", instance.spec.tags.join(","));
+            for (name, value) in &instance.spec.meta {
+                facts.put(&format!("meta.{name}"), value);
+            }
+            let health = match instance.checked {
+                _ if instance.draining => "draining",
+                Health::Passing => "passing",
+                Health::Warning => "warning",
+                Health::Critical => "critical",
+                Health::Draining => "draining",
+            };
+            facts.put("health", health);
+            facts.put("why", &instance.why);
+        }
+        Object::Service(service) => facts.put("index", service.index),
+        // The others are not watched.
+        _ => {}
+    }
 }
 
 #[derive(Default)]

@@ -43,6 +43,8 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
 pub(crate) struct PipeItem {
     id: u64,
     finish: Finish,
+    /// Of a read of this member alone: its answer tells how old it may be.
+    stale: bool,
 }
 
 pub(crate) enum PipeRequest {
@@ -227,7 +229,7 @@ async fn answer(
     outgoing: &Outgoing,
 ) -> Result<(), Status> {
     let mut replies = Replies::new();
-    for (PipeItem { id, finish }, outcome) in done {
+    for (PipeItem { id, finish, stale }, outcome) in done {
         open.end(&finish);
         open.receivers.answered(id);
         // Only a cancellation that came too late asks further.
@@ -235,13 +237,26 @@ async fn answer(
             Finish::Cancel(_) => super::complete(context, finish, outcome).await,
             finish => finish.with(context, outcome),
         };
-        replies.push(id, result.unwrap_or_else(|error| Answer::Error(*error)));
+        let mut result = result.unwrap_or_else(|error| Answer::Error(*error));
+        if stale {
+            tell_age(context, &mut result);
+        }
+        replies.push(id, result);
         if replies.bytes.len() >= REPLIES_BYTES {
             let full = std::mem::replace(&mut replies, Replies::new());
             outgoing.send_framed(full.finish(context)).await.map_err(|_| gone())?;
         }
     }
     outgoing.send_framed(replies.finish(context)).await.map_err(|_| gone())
+}
+
+fn tell_age(context: &Context, answer: &mut Answer) {
+    let header = match answer {
+        Answer::Get(answer) => &mut answer.header,
+        Answer::Range(answer) => &mut answer.header,
+        _ => return,
+    };
+    header.get_or_insert_default().stale_ms = context.identity.stale_ms();
 }
 
 fn frame_replies(context: &Context, refused: Vec<(u64, Refused)>) -> Bytes {
@@ -318,9 +333,9 @@ fn begin(open: &Open, id: u64, plan: Plan) -> PipeRequest {
     open.counter(finish).fetch_add(1, Ordering::Relaxed);
     open.receivers.note(id, &plan);
     match plan {
-        Plan::Write(txn, finish) => PipeRequest::Write { txn, item: PipeItem { id, finish } },
-        Plan::Read(read, stale, finish) => PipeRequest::Read { read, stale, item: PipeItem { id, finish } },
-        Plan::Renew(sessions, finish) => PipeRequest::Renew { sessions, item: PipeItem { id, finish } },
+        Plan::Write(txn, finish) => PipeRequest::Write { txn, item: PipeItem { id, finish, stale: false } },
+        Plan::Read(read, stale, finish) => PipeRequest::Read { read, stale, item: PipeItem { id, finish, stale } },
+        Plan::Renew(sessions, finish) => PipeRequest::Renew { sessions, item: PipeItem { id, finish, stale: false } },
     }
 }
 

@@ -9,6 +9,11 @@ use crate::front::{Body, full};
 use crate::rpc::{Code, Status};
 
 pub(super) fn problem_response(status: &Status) -> Response<Body> {
+    problem_response_as(status, None)
+}
+
+/// With a status of HTTP itself, such as that of a wrong verb.
+pub(super) fn problem_response_as(status: &Status, http: Option<StatusCode>) -> Response<Body> {
     let made;
     let error = match &status.problem {
         Some(error) => error.as_ref(),
@@ -17,7 +22,7 @@ pub(super) fn problem_response(status: &Status) -> Response<Body> {
             &made
         }
     };
-    let http = http_status(&error.code, status.code);
+    let http = http.unwrap_or_else(|| http_status(&error.code, status.code));
     let mut response = Response::new(full(problem(error, http).to_string()));
     *response.status_mut() = http;
     let headers = response.headers_mut();
@@ -117,6 +122,7 @@ fn http_status(code: &str, grpc: Code) -> StatusCode {
         | "IN_FLIGHT"
         | "NEEDS_RECONCILE"
         | "RESULT_NOT_RETAINED"
+        | "DUPLICATE"
         | "CANCELLED" => StatusCode::CONFLICT,
         "SESSION_EXPIRED" | "COMPACTED" => StatusCode::GONE,
         "MISMATCH" => StatusCode::UNPROCESSABLE_ENTITY,
@@ -160,6 +166,7 @@ fn title(code: &str) -> &str {
         "DENIED" => "Not permitted",
         "NOT_FOUND" => "Not found",
         "CANCELLED" => "Cancelled",
+        "DUPLICATE" => "It has happened already",
         "TIMEOUT" => "The deadline has passed",
         "UNIMPLEMENTED" => "Not implemented",
         _ => "Refused",
@@ -171,18 +178,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_of_codes() {
-        let check = |code: &str, http: u16, retry: Option<u64>| {
-            let error = Error { code: code.into(), ..Error::default() };
-            assert_eq!(http_status(code, Code::Unknown).as_u16(), http, "{code}");
-            assert_eq!(retry_after(&error), retry, "{code}");
-        };
-        check("HELD", 409, Some(1));
-        check("FENCED", 412, None);
-        check("SESSION_EXPIRED", 410, None);
-        check("MISMATCH", 422, None);
-        check("QUOTA", 507, None);
-        check("NO_QUORUM", 503, Some(1));
-        check("SOMETHING_NEW", 500, None);
+    fn every_code_has_its_status_its_type_and_its_retry_after() {
+        let table = include_str!("../../../../tests/errors.txt");
+        for row in table.lines().filter(|line| !line.starts_with('#')) {
+            let row: Vec<_> = row.split_whitespace().collect();
+            let [code, _, http, later, kind, _, _] = row[..] else { panic!("a row of the table: {row:?}") };
+            // As the rest of the server fills it in: status.rs has the other half of this test.
+            let retry_after_ms = if later == "yes" { 500 } else { 0 };
+            let error = Error { code: code.into(), retry_after_ms, ..Error::default() };
+            let status = Status { problem: Some(Box::new(error.clone())), ..Status::internal("told by its problem") };
+            let response = problem_response(&status);
+            assert_eq!(response.status().as_str(), http, "{code}");
+            assert_eq!(response.headers().contains_key(header::RETRY_AFTER), later == "yes", "{code}");
+            let body = problem(&error, response.status());
+            assert_eq!((&body["type"], &body["code"]), (&kind.into(), &code.into()));
+            assert_ne!(body["title"], "Refused", "{code} has a title of its own");
+        }
+        // What a newer part of the service may say goes by its gRPC code.
+        assert_eq!(http_status("SOMETHING_NEW", Code::Unknown).as_u16(), 500);
+        // These are promised even where the refusal names no time.
+        for code in ["HELD", "TIMEOUT_WAITING", "IN_FLIGHT", "NO_QUORUM"] {
+            assert_eq!(retry_after(&Error { code: code.into(), ..Error::default() }), Some(1), "{code}");
+        }
     }
 }

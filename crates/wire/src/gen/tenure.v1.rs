@@ -34,7 +34,7 @@ pub struct SessionSeq {
     #[prost(uint64, tag = "3")]
     pub acked_below: u64,
 }
-/// Who answered, and at which point of the one order. On a pipeline each answer fills only `revision` and `replayed`; what is
+/// Who answered, and at which point of the one order. On a pipeline each answer fills only `revision`, `replayed` and `stale_ms`; what is
 /// equal for all of them stands once in `Replies`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Header {
@@ -53,7 +53,7 @@ pub struct Header {
     #[prost(bool, tag = "5")]
     pub replayed: bool,
     /// In the answer to a `stale` read: how many milliseconds ago the member was last in touch with a leader, or a leader with a majority. What was
-    /// committed since then may be missing. A pipeline does not tell it.
+    /// committed since then may be missing.
     #[prost(uint64, tag = "6")]
     pub stale_ms: u64,
 }
@@ -7507,9 +7507,9 @@ pub struct WatchRequest {
     /// Every key that begins with `key`, or every thing whose name begins with `name`; either may be empty then. INVALID beside an end.
     #[prost(bool, tag = "5")]
     pub prefix: bool,
-    /// What is watched: empty or `key` for keys; `session` (named by its id), `lock`, `election`, `config`, `service` (by service, a slash and instance),
-    /// `counter`, `pool`, `reservation`, `idempotency`, `queue`, `schedule`, `marker`; or `any` for all things that are no keys.
-    /// Kinds whose things are many and busy are not watched one by one: INVALID.
+    /// What is watched: empty or `key` for keys; `session` (named by its id), `lock`, `election`, `service` (an instance, named by service, slash and its id;
+    /// as a prefix `service/` is all of one service), `service-index`, `config`; or `any` for all things that are no keys. Kinds that are
+    /// many and busy, such as jobs, are not watched one by one: INVALID.
     #[prost(string, tag = "6")]
     pub kind: ::prost::alloc::string::String,
     #[prost(string, tag = "7")]
