@@ -53,6 +53,8 @@ mod requests;
 mod reservation;
 mod session;
 mod things;
+#[cfg(feature = "tower")]
+pub mod tower;
 mod txn;
 mod watch;
 
@@ -60,6 +62,10 @@ pub use client::{Client, ClientOptions, RETRY_MAX};
 pub use clock::BootTime;
 pub use counter::{Counter, CounterAdd, CounterDelete, CounterInfo, CounterSet, Sequence, SequenceInfo};
 pub use error::{Code, Error, Holder, Outcome, Problem};
+pub use idempotent::{
+    Attempt, BODY_BYTES_MAX, Begun, BodySink, Checkpoint, Decision, Failure, Fingerprint, Idempotent, InFlight,
+    NotRetained, Ran, RecordInfo, Replay, RunError, StoredResult, Takeover, derive,
+};
 pub use kv::{
     Compare, Comparing, Delete, DeleteReply, Get, LockProof, Op, OpReply, Put, PutReply, Range, RangeReply, Record,
     Txn, TxnReply,

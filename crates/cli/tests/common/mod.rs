@@ -154,6 +154,7 @@ fn spawn(address: &str, data: &Path, folder: &Path, flags: &[&str]) -> Child {
 }
 
 /// What a command printed, and its exit code.
+#[derive(Debug)]
 pub(crate) struct Said {
     pub(crate) code: i32,
     pub(crate) out: String,
