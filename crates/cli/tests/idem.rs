@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use common::{Said, Server, json, tenure};
 use serde_json::{Value, json};
-use tenure_client::{
-    Begun, Client, Code, Failure, Fingerprint, RunError, StoredResult, Takeover,
-};
+use tenure_client::{Begun, Client, Code, Failure, Fingerprint, RunError, StoredResult, Takeover};
 
 fn code(said: &Said) -> i32 {
     said.code
@@ -34,13 +32,19 @@ fn a_command_runs_once_per_key() {
     let other = run("nightly", "true");
     assert_eq!(code(&other), 15, "another command under this key: {other:?}");
     // A failure that may be tried again stores nothing.
-    let retry = |script: &str| tenure(&server.address, &["idem", "run", "r", "--retry-failures", "--any-command", "--", "sh", "-c", script]);
+    let retry = |script: &str| {
+        tenure(&server.address, &["idem", "run", "r", "--retry-failures", "--any-command", "--", "sh", "-c", script])
+    };
     assert_eq!(code(&retry("exit 5")), 5);
     let second = retry("echo $TENURE_ATTEMPT_NO");
     assert_eq!((code(&second), said(&second)), (0, "2\n".to_owned()), "{second:?}");
     assert_eq!(code(&run("gone", "kill -9 $$")), 137);
     assert_eq!(code(&tenure(&server.address, &["idem", "run", "none", "--", "/no/such/command"])), 127);
-    assert_eq!(code(&tenure(&server.address, &["idem", "run", "none", "--", "/no/such/command"])), 127, "its key is free");
+    assert_eq!(
+        code(&tenure(&server.address, &["idem", "run", "none", "--", "/no/such/command"])),
+        127,
+        "its key is free"
+    );
 }
 
 #[test]
@@ -72,7 +76,20 @@ fn each_verb_of_the_command_line() {
     let second = begin(&[]);
     assert_eq!((&second["attempt_no"], &second["checkpoints"][0]["data"]), (&json!(2), &json!("req-9")));
     let token = second["attempt"].as_str().unwrap();
-    let complete = idem(&["complete", "k", "--scope", "shop", "--attempt", token, "--status", "201", "--body", "ok", "--header", "etag: 7"]);
+    let complete = idem(&[
+        "complete",
+        "k",
+        "--scope",
+        "shop",
+        "--attempt",
+        token,
+        "--status",
+        "201",
+        "--body",
+        "ok",
+        "--header",
+        "etag: 7",
+    ]);
     assert_eq!(code(&complete), 0, "{complete:?}");
     let replay = begin(&["--fingerprint", "three apples"]);
     assert_eq!((&replay["result"], &replay["stored"]["body"]), (&json!("replay"), &json!("ok")));

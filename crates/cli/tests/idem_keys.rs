@@ -70,7 +70,8 @@ async fn a_service_runs_each_key_once() {
     assert_eq!(ask(&address, "GET", "/orders", "", "").await.body, "all");
     let missing = ask(&address, "POST", "/orders", "", "{}").await;
     assert_eq!((missing.status, &*kind(&missing)), (400, "key-missing"));
-    for bad in ["idempotency-key: \"open\r\n", "idempotency-key: \r\n", "idempotency-key: a\r\nidempotency-key: b\r\n"] {
+    for bad in ["idempotency-key: \"open\r\n", "idempotency-key: \r\n", "idempotency-key: a\r\nidempotency-key: b\r\n"]
+    {
         let answer = ask(&address, "POST", "/orders", bad, "{}").await;
         assert_eq!((answer.status, &*kind(&answer)), (400, "key-malformed"), "{bad}");
     }
@@ -82,7 +83,9 @@ async fn a_service_runs_each_key_once() {
     let at_once: Vec<_> = (0..20)
         .map(|_| {
             let address = address.clone();
-            tokio::spawn(async move { ask(&address, "POST", "/orders", "idempotency-key: k-1\r\n", r#"{"a":1,"sent_at":1}"#).await })
+            tokio::spawn(async move {
+                ask(&address, "POST", "/orders", "idempotency-key: k-1\r\n", r#"{"a":1,"sent_at":1}"#).await
+            })
         })
         .collect();
     let mut created = 0;

@@ -263,8 +263,6 @@ pub enum Code {
     Mismatch,
     /// An earlier attempt needs a decision first.
     NeedsReconcile,
-    /// It has run, and its result was too large to keep.
-    ResultNotRetained,
     /// It happened already.
     Duplicate,
     /// It happened already, and its result was too large to be kept.
@@ -304,7 +302,6 @@ impl Code {
         ("IN_FLIGHT", Self::InFlight),
         ("MISMATCH", Self::Mismatch),
         ("NEEDS_RECONCILE", Self::NeedsReconcile),
-        ("RESULT_NOT_RETAINED", Self::ResultNotRetained),
         ("DUPLICATE", Self::Duplicate),
         ("RESULT_NOT_RETAINED", Self::ResultNotRetained),
         ("COMPACTED", Self::Compacted),

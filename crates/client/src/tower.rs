@@ -369,7 +369,11 @@ fn key_of(settings: &Settings, parts: &Parts) -> Result<Option<String>, Refusal>
         return Err(bad("a request has one Idempotency-Key"));
     }
     let text = value.to_str().map_err(|_| bad("the key has characters that are not ASCII"))?.trim();
-    let key = if text.starts_with('"') { unquoted(text).ok_or_else(|| bad("the quotes of the key are wrong"))? } else { text.to_owned() };
+    let key = if text.starts_with('"') {
+        unquoted(text).ok_or_else(|| bad("the quotes of the key are wrong"))?
+    } else {
+        text.to_owned()
+    };
     if key.is_empty() || key.len() > 255 {
         return Err(bad("a key has 1 to 255 characters"));
     }
@@ -507,7 +511,8 @@ where
 }
 
 fn stored_headers(settings: &Settings, headers: &HeaderMap) -> Vec<(String, String)> {
-    let values = |name: &HeaderName| headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect::<Vec<_>>();
+    let values =
+        |name: &HeaderName| headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect::<Vec<_>>();
     let all = settings.stored_headers.iter();
     all.flat_map(|name| values(name).into_iter().map(|value| (name.to_string(), value.to_owned()))).collect()
 }
