@@ -145,7 +145,7 @@ pub(crate) fn exit_of(error: &Error) -> u8 {
 fn exit_of_code(code: Code) -> u8 {
     match code {
         Code::Held | Code::TimeoutWaiting => exit::FAILURE,
-        Code::Conflict | Code::Duplicate | Code::ResultNotRetained => exit::CONFLICT,
+        Code::Conflict | Code::Duplicate => exit::CONFLICT,
         Code::Deadlock => exit::DEADLOCK,
         Code::Fenced => exit::FENCED,
         Code::SessionExpired => exit::SESSION_EXPIRED,

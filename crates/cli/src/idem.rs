@@ -237,7 +237,7 @@ struct ListArgs {
 #[command(
     after_help = "The command's environment: TENURE_IDEM_KEY, TENURE_ATTEMPT (a fencing token), TENURE_ATTEMPT_NO, TENURE_ENDPOINTS.\n\n\
 Exit code: the command's own, now or the first time; 128 + the signal that ended it; 14 another one runs it; 15 the key was used for\n\
-another command; 16 a dead attempt needs a decision; 12 the attempt was replaced while the command ran; 10 it has run and its output was too\n\
+another command; 16 a dead attempt needs a decision; 12 the attempt was replaced while the command ran; 21 it has run and its output was too\n\
 large to keep; 69 no server can be reached; 64 wrong use; 126, 127 when the command cannot be started.\n\n\
 Example: tenure idem run backup-2026-01-31 -- ./backup.sh"
 )]
