@@ -73,8 +73,8 @@ pub use kv::{
 pub use lease::{LeaseState, LeaseTiming, LostReason};
 pub use lock::{Acquire, LockGuard, LockHolder, LockInfo, LockWaiter};
 pub use queue::{
-    Delivery, Enqueued, JobAttempt, JobBeat, JobInfo, JobMoved, NewJob, OnDuplicate, Queue, QueueBreaker, QueueChange,
-    QueueInfo, QueueSettings, Receive, Redrive, Work, WorkDone,
+    Delivery, Enqueued, Failed, JobAttempt, JobBeat, JobInfo, JobMoved, NewJob, OnDuplicate, Queue, QueueBreaker,
+    QueueChange, QueueInfo, QueueSettings, Receive, Redrive, Work, WorkDone,
 };
 pub use registry::{
     Finding, Following, Health, Registered, Registering, Registry, ServiceCache, ServiceCheck, ServiceInstance,

@@ -434,8 +434,8 @@ impl Queue {
 
     /// Works on jobs until it is told to stop; configure it, then call [`Work::run_until`].
     ///
-    /// The handler gets each delivery; its `Ok` acknowledges the job and its `Err` is the reason of a nack. While it runs the delivery is prolonged.
-    /// It is dropped, at its next `await`, when the delivery is lost or cancelled.
+    /// The handler gets each delivery; its `Ok` acknowledges the job and its `Err` says what becomes of it: text is the reason of another attempt. While
+    /// it runs the delivery is prolonged. It is dropped, at its next `await`, when the delivery is lost or cancelled.
     ///
     /// ```no_run
     /// # async fn example(client: tenure_client::Client) -> Result<(), tenure_client::Error> {
@@ -453,11 +453,11 @@ impl Queue {
     where
         F: Fn(Arc<Delivery>) -> R + Send + Sync + 'static,
         R: Future<Output = Result<(), E>> + Send + 'static,
-        E: fmt::Display + Send + 'static,
+        E: Into<Failed> + Send + 'static,
     {
         let handler: Handler = Arc::new(move |job| {
             let running = handler(job);
-            Box::pin(async move { running.await.map_err(|error| error.to_string()) })
+            Box::pin(async move { running.await.map_err(Into::into) })
         });
         Work { queue: self.clone(), handler, concurrency: 1, worker: String::new(), visibility: None, grace: GRACE }
     }
@@ -891,7 +891,80 @@ impl Delivery {
     }
 }
 
-type Handler = Arc<dyn Fn(Arc<Delivery>) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
+/// What becomes of a job whose handler did not succeed. Text and errors become another attempt after the backoff of the queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failed {
+    reason: String,
+    end: Ending,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    Retry(Option<Duration>),
+    Reject,
+    Release,
+}
+
+impl Failed {
+    /// Another attempt after the backoff of the queue.
+    #[must_use]
+    pub fn retry(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), end: Ending::Retry(None) }
+    }
+
+    /// Another attempt after this time.
+    #[must_use]
+    pub fn retry_in(delay: Duration, reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), end: Ending::Retry(Some(delay)) }
+    }
+
+    /// No attempt will ever succeed: to the dead letters.
+    #[must_use]
+    pub fn reject(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), end: Ending::Reject }
+    }
+
+    /// Back to the queue unharmed, without a lost attempt.
+    #[must_use]
+    pub fn release() -> Self {
+        Self { reason: String::new(), end: Ending::Release }
+    }
+
+    async fn settle(self, job: &Delivery) -> Result<JobMoved, Error> {
+        match self.end {
+            Ending::Retry(None) => job.nack(&self.reason).await,
+            Ending::Retry(Some(delay)) => job.retry_in(delay, &self.reason).await,
+            Ending::Reject => job.reject(&self.reason).await,
+            Ending::Release => job.release().await,
+        }
+    }
+}
+
+impl From<String> for Failed {
+    fn from(reason: String) -> Self {
+        Self::retry(reason)
+    }
+}
+
+impl From<&str> for Failed {
+    fn from(reason: &str) -> Self {
+        Self::retry(reason)
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self::retry(error.to_string())
+    }
+}
+
+impl From<Box<dyn std::error::Error + Send + Sync>> for Failed {
+    fn from(error: Box<dyn std::error::Error + Send + Sync>) -> Self {
+        Self::retry(error.to_string())
+    }
+}
+
+type Handler = Arc<dyn Fn(Arc<Delivery>) -> Pin<Box<dyn Future<Output = Result<(), Failed>> + Send>> + Send + Sync>;
 
 /// A worker, before it runs; see [`Queue::work`].
 #[must_use = "a worker works when it runs"]
@@ -1030,9 +1103,13 @@ impl Work {
                 }
                 match self.attend(&job, &mut stopped).await {
                     Attended::Done => finished = Some(job),
-                    Attended::Failed(reason) => {
+                    Attended::Failed(Failed { end: Ending::Release, .. }) => {
+                        done.released += 1;
+                        settled(job.release().await, &job);
+                    }
+                    Attended::Failed(failed) => {
                         done.failed += 1;
-                        settled(job.nack(&reason).await, &job);
+                        settled(failed.settle(&job).await, &job);
                     }
                     Attended::Cancelled => {
                         done.lost += 1;
@@ -1080,8 +1157,8 @@ impl Work {
         tokio::select! {
             ended = &mut running.0 => match ended {
                 Ok(Ok(())) => Attended::Done,
-                Ok(Err(reason)) => Attended::Failed(reason),
-                Err(error) => Attended::Failed(format!("the handler did not return: {error}")),
+                Ok(Err(failed)) => Attended::Failed(failed),
+                Err(error) => Attended::Failed(Failed::retry(format!("the handler did not return: {error}"))),
             },
             why = &mut beating => why,
             () = &mut grace => Attended::OutOfGrace,
@@ -1090,7 +1167,7 @@ impl Work {
 }
 
 /// A task that does not outlive who waits for it.
-struct AbortOnDrop(tokio::task::JoinHandle<Result<(), String>>);
+struct AbortOnDrop(tokio::task::JoinHandle<Result<(), Failed>>);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
@@ -1100,7 +1177,7 @@ impl Drop for AbortOnDrop {
 
 enum Attended {
     Done,
-    Failed(String),
+    Failed(Failed),
     Cancelled,
     Lost,
     OutOfGrace,

@@ -1,0 +1,188 @@
+//! Queues on the three faces against a real server.
+
+#![allow(clippy::unwrap_used, reason = "a test may stop")]
+
+mod common;
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Server, TENURE, json, ok, tenure, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+#[test]
+fn jobs_from_a_shell() {
+    let server = Server::start(&[]);
+    let at = &server.address;
+    let id = ok(at, &["queue", "put", "mail", "hello", "--key", "k", "--header", "a=b"]);
+    let id = id.trim();
+    assert_eq!(ok(at, &["queue", "put", "mail", "again", "--key", "k"]), format!("{id} duplicate\n"));
+    assert_eq!(tenure(at, &["queue", "put", "mail", "again", "--key", "k", "--unique"]).code, 10);
+    let jobs = json(at, &["queue", "receive", "mail", "--wait", "5s", "--worker", "me"]);
+    let job = &jobs[0];
+    assert_eq!((job["id"].as_str(), job["payload"].as_str()), (Some(id), Some("hello")));
+    assert_eq!(job["headers"]["a"].as_str(), Some("b"));
+    let token = job["token"].as_str().unwrap();
+    // A stale receipt is told what took its place.
+    let stale = tenure(at, &["queue", "ack", id, "1"]);
+    assert_eq!(stale.code, 12);
+    assert!(stale.err.contains("the job is leased, its newest delivery is"), "{}", stale.err);
+    assert_eq!(ok(at, &["queue", "heartbeat", id, token, "--extend", "1m", "--progress", "half"]), "60000\n");
+    assert_eq!(json(at, &["queue", "job", id])["progress"].as_str(), Some("half"));
+    assert_eq!(ok(at, &["queue", "nack", id, token, "--reason", "no", "--dead"]), "dead\n");
+    assert!(ok(at, &["queue", "dead", "mail"]).contains("hello"), "the dead letters show the payload");
+    assert_eq!(ok(at, &["queue", "redrive", "mail"]), "redriven 1, skipped 0\n");
+    let again = json(at, &["queue", "receive", "mail"]);
+    let token = again[0]["token"].as_str().unwrap();
+    assert_eq!(ok(at, &["queue", "ack", id, token, "--result", "sent"]), "");
+    assert_eq!(ok(at, &["queue", "ack", id, token]), "", "the same receipt twice succeeds twice");
+    let done = json(at, &["queue", "job", id]);
+    assert_eq!((done["state"].as_str(), done["result"].as_str()), (Some("done"), Some("sent")));
+    assert_eq!(json(at, &["queue", "receive", "mail"]), Value::Array(Vec::new()));
+    ok(at, &["queue", "configure", "mail", "--pause", "--max-attempts", "3"]);
+    ok(at, &["queue", "put", "mail", "later"]);
+    assert_eq!(json(at, &["queue", "receive", "mail"]), Value::Array(Vec::new()));
+    let stats = json(at, &["queue", "stats", "mail"]);
+    assert_eq!((stats["jobs"]["ready"].as_u64(), stats["settings"]["max_attempts"].as_u64()), (Some(1), Some(3)));
+    assert_eq!(tenure(at, &["queue", "purge", "mail"]).code, 64, "a purge is confirmed");
+    assert_eq!(ok(at, &["queue", "purge", "mail", "--yes"]), "purged 1\n");
+    assert_eq!(tenure(at, &["queue", "stats", "nothing"]).code, 19);
+    assert!(ok(at, &["queue", "list"]).contains("mail"));
+}
+
+#[test]
+fn a_receiver_that_waits_gets_the_job_when_it_comes_and_one_that_left_gets_none() {
+    let server = Server::start(&[]);
+    let at = server.address.clone();
+    // Killed while it waits: its wait goes with its connection.
+    let mut gone = waiting(&at, "q");
+    ok(&at, &["queue", "configure", "q"]);
+    wait_for("the receiver", Duration::from_secs(10), || receivers(&server) == 1);
+    gone.kill().unwrap();
+    gone.wait().unwrap();
+    wait_for("its wait to end", Duration::from_secs(10), || receivers(&server) == 0);
+    let stays = waiting(&at, "q");
+    wait_for("the receiver", Duration::from_secs(10), || receivers(&server) == 1);
+    let began = Instant::now();
+    ok(&at, &["queue", "put", "q", "one"]);
+    let output = stays.wait_with_output().unwrap();
+    let jobs: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(jobs[0]["payload"].as_str(), Some("one"));
+    assert!(began.elapsed() < Duration::from_secs(5), "it came at once");
+}
+
+fn receivers(server: &Server) -> u64 {
+    let answer = server.get("/v1/queues/q");
+    let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+    body["queue"]["receivers"].as_str().and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+fn waiting(at: &str, queue: &str) -> std::process::Child {
+    Command::new(TENURE)
+        .args(["queue", "receive", queue, "--wait", "20s", "-o", "json"])
+        .env("TENURE_ENDPOINTS", at)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn a_worker_runs_a_command_for_each_job_and_stops_in_order() {
+    let server = Server::start(&[]);
+    let at = &server.address;
+    let out = server.folder.path().join("out");
+    ok(at, &["queue", "configure", "q", "--backoff", "10ms", "--max-attempts", "2"]);
+    for payload in ["one", "two", "fail"] {
+        ok(at, &["queue", "put", "q", payload]);
+    }
+    let script = format!(
+        "read -r line; [ \"$line\" = fail ] && {{ echo broken >&2; exit 3; }}; echo \"$line $TENURE_ATTEMPT\" >> {}",
+        out.display()
+    );
+    let mut worker = Command::new(TENURE)
+        .args(["queue", "work", "q", "-j", "2", "--", "sh", "-c", &script])
+        .env("TENURE_ENDPOINTS", at)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let counts = |state: &str| json(at, &["queue", "stats", "q"])["jobs"][state].as_u64().unwrap_or(0);
+    wait_for("the jobs", Duration::from_secs(30), || counts("done") == 2 && counts("dead") == 1);
+    let mut lines: Vec<String> = std::fs::read_to_string(&out).unwrap().lines().map(str::to_owned).collect();
+    lines.sort();
+    assert_eq!(lines, ["one 1", "two 1"]);
+    let dead = json(at, &["queue", "dead", "q"]);
+    assert_eq!(dead[0]["attempt"].as_u64(), Some(2));
+    assert!(dead[0]["attempts"][1]["error"].as_str().unwrap().contains("broken"), "{dead}");
+    kill_process(Pid::from_child(&worker), Signal::TERM).unwrap();
+    assert!(worker.wait().unwrap().success());
+    wait_for("no receiver", Duration::from_secs(10), || receivers(&server) == 0);
+}
+
+#[test]
+fn jobs_over_http() {
+    let mut server = Server::start(&[]);
+    let post = |server: &Server, verb: &str, body: &str| {
+        let answer = server.post(&format!("/v1/queues:{verb}"), body);
+        let value: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+        (answer.status, value)
+    };
+    let (status, put) = post(
+        &server,
+        "enqueue",
+        r#"{"queue":"a/b","jobs":[{"payload":"x","group":"g"},{"payload_bytes":"/w==","group":"g"}]}"#,
+    );
+    assert_eq!(status, 200, "{put}");
+    let (first, second) = (put["jobs"][0]["id"].clone(), put["jobs"][1]["id"].clone());
+    let (_, got) = post(&server, "receive", r#"{"queues":["a/b"],"max":10}"#);
+    assert_eq!(
+        (&got["jobs"][0]["id"], got["jobs"].as_array().unwrap().len()),
+        (&first, 1),
+        "one of the group at a time"
+    );
+    let token = got["jobs"][0]["token"].as_str().unwrap().to_owned();
+    // The state outlives its server.
+    server.stop();
+    server.start_again(&[]);
+    let (status, stale) = post(&server, "ack", &format!(r#"{{"receipts":[{{"id":{first},"token":"7777"}}]}}"#));
+    assert_eq!((status, stale["code"].as_str()), (412, Some("FENCED")), "{stale}");
+    assert_eq!(stale["facts"]["state"].as_str(), Some("leased"), "{stale}");
+    let ack = format!(
+        r#"{{"receipts":[{{"id":{first},"token":"{token}"}}],"receive":{{"queues":["a/b"],"wait_ms":"1000"}}}}"#
+    );
+    let (status, next) = post(&server, "ack", &ack);
+    assert_eq!((status, &next["jobs"][0]["id"]), (200, &second), "{next}");
+    assert_eq!(next["jobs"][0]["payload_bytes"].as_str(), Some("/w=="));
+    let (status, empty) = post(&server, "receive", r#"{"queues":["a/b"],"wait_ms":"50"}"#);
+    assert_eq!((status, empty["jobs"].as_array().map(Vec::len).unwrap_or(0)), (200, 0), "no job is no error: {empty}");
+    let job = server.get(&format!("/v1/jobs/{}", second.as_str().unwrap()));
+    assert_eq!(job.status, 200);
+    assert_eq!(server.get("/v1/queues/a/b").status, 200);
+    assert_eq!(server.get("/v1/queues").status, 200);
+    assert_eq!(server.get("/v1/jobs?queue=a/b&state=leased").status, 200);
+    for (verb, wrong) in [
+        ("enqueue", r#"{"queue":"q"}"#),
+        ("enqueue", r#"{"queue":"","jobs":[{"payload":"x"}]}"#),
+        ("enqueue", r#"{"queue":"q","jobs":[{"payload":"x","priority":8}]}"#),
+        ("enqueue", r#"{"queue":"q","jobs":[{"payload":"x","colour":1}]}"#),
+        ("enqueue", r#"{"queue":"q","jobs":[{"payload":"x","payload_bytes":"eA=="}]}"#),
+        ("enqueue", r#"{"queue":"q","jobs":[{"payload":"x","delay_ms":"1","run_at_unix_ms":"1"}]}"#),
+        ("receive", r#"{"queues":[]}"#),
+        ("receive", r#"{"queues":["q"],"max":101}"#),
+        ("receive", r#"{"queues":["q"],"wait_ms":"20001"}"#),
+        ("receive", r#"{"queues":["q"],"visibility_ms":"999"}"#),
+        ("ack", r#"{"receipts":[]}"#),
+        ("ack", r#"{"receipts":[{"id":"x","token":"1"}]}"#),
+        ("nack", r#"{"id":"1-1"}"#),
+        ("purge", r#"{"queue":"q","confirm":"p"}"#),
+        ("configure", r#"{"queue":"q","visibility_ms":"1"}"#),
+    ] {
+        let (status, body) = post(&server, verb, wrong);
+        assert_eq!((status, body["code"].as_str()), (400, Some("INVALID")), "{verb} {wrong}: {body}");
+    }
+    assert_eq!(server.get("/v1/queues/q").status, 404, "nothing of that was done");
+    let large = format!(r#"{{"queue":"q","jobs":[{{"payload":"{}"}}]}}"#, "x".repeat(262_145));
+    assert_eq!(post(&server, "enqueue", &large).0, 413);
+    assert_eq!(post(&server, "redrive", r#"{"queue":"none"}"#).0, 404);
+    assert_eq!(post(&server, "cancel", r#"{"id":"1-1"}"#).0, 404);
+}
