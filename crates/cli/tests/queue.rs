@@ -74,7 +74,7 @@ fn a_receiver_that_waits_gets_the_job_when_it_comes_and_one_that_left_gets_none(
 
 fn receivers(server: &Server) -> u64 {
     let answer = server.get("/v1/queues/q");
-    let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+    let body: Value = serde_json::from_str(&answer.body).unwrap_or_default();
     body["queue"]["receivers"].as_str().and_then(|n| n.parse().ok()).unwrap_or(0)
 }
 
@@ -124,7 +124,7 @@ fn jobs_over_http() {
     let mut server = Server::start(&[]);
     let post = |server: &Server, verb: &str, body: &str| {
         let answer = server.post(&format!("/v1/queues:{verb}"), body);
-        let value: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+        let value: Value = serde_json::from_str(&answer.body).unwrap_or_default();
         (answer.status, value)
     };
     let (status, put) = post(
