@@ -25,7 +25,7 @@ use crate::common::{Common, Failure, duration, exit, print_failure};
 /// The longest time that the warden sleeps. Timers stand still while the machine is suspended, so this is how late a kill may be then.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How long freeing the lock of a command that has ended may hold up its exit code.
-const GOODBYE: Duration = Duration::from_secs(2);
+pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
 
 /// flags as flock(1), where it has them
 #[derive(Debug, Args)]
@@ -90,7 +90,7 @@ pub(crate) struct LockArgs {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum WarnSignal {
+pub(crate) enum WarnSignal {
     Term,
     Int,
     Hup,
@@ -100,7 +100,7 @@ enum WarnSignal {
 }
 
 impl WarnSignal {
-    fn number(self) -> Signal {
+    pub(crate) fn number(self) -> Signal {
         match self {
             Self::Term => Signal::TERM,
             Self::Int => Signal::INT,
@@ -182,28 +182,34 @@ fn held(args: &LockArgs, error: &Error) -> Failure {
     failure.hint(who.map_or_else(|| wait.to_owned(), |who| format!("{who}; {wait}")))
 }
 
-/// Runs the command under the lock and frees it afterwards.
-async fn supervise(
-    common: &Common,
-    args: &LockArgs,
-    guard: LockGuard,
-    mut signals: Signals,
-) -> anyhow::Result<ExitCode> {
+/// How a command is watched over while a session lives.
+pub(crate) struct Supervision {
+    pub(crate) session: Session,
+    /// How long before the deadline a command whose session cannot be renewed is warned.
+    pub(crate) grace: Duration,
+    pub(crate) warning: Signal,
+    pub(crate) foreground: bool,
+    /// Until the processes that the command leaves behind have ended too.
+    pub(crate) hold_for_group: bool,
+}
+
+/// The grace that nobody named: a tenth of the ttl, at least 200 ms.
+pub(crate) fn usual_grace(session: &Session) -> Duration {
+    (session.ttl() / 10).max(Duration::from_millis(200))
+}
+
+/// Runs a command of [`tied`] under a warden, and passes signals on to it.
+pub(crate) async fn run_supervised(
+    supervision: Supervision,
+    command: std::process::Command,
+    signals: &mut Signals,
+) -> anyhow::Result<Ended> {
     let (events, inbox) = channel();
-    let watch = Watch {
-        session: guard.session().clone(),
-        grace: args.grace.unwrap_or_else(|| (guard.session().ttl() / 10).max(Duration::from_millis(200))),
-        warning: args.warn_signal.number(),
-        foreground: args.foreground,
-        hold_for_group: !args.close && !args.foreground,
-        events: events.clone(),
-        inbox,
-    };
-    let command = command(common, args, &guard)?;
+    let watch = Watch { supervision, events: events.clone(), inbox };
     let (done, mut ended) = tokio::sync::oneshot::channel();
     // Not a thread of the runtime's pool: the kernel kills the command when the thread that started it ends.
     std::thread::Builder::new().name("warden".to_owned()).spawn(move || done.send(watch.run(command)))?;
-    let ended = loop {
+    loop {
         tokio::select! {
             ended = &mut ended => break ended?,
             signal = signals.next() => {
@@ -211,8 +217,27 @@ async fn supervise(
                 let _ = events.send(Event::Signal(signal));
             }
         }
+    }
+}
+
+/// Runs the command under the lock and frees it afterwards.
+async fn supervise(
+    common: &Common,
+    args: &LockArgs,
+    guard: LockGuard,
+    mut signals: Signals,
+) -> anyhow::Result<ExitCode> {
+    let session = guard.session();
+    let supervision = Supervision {
+        session: session.clone(),
+        grace: args.grace.unwrap_or_else(|| usual_grace(session)),
+        warning: args.warn_signal.number(),
+        foreground: args.foreground,
+        hold_for_group: !args.close && !args.foreground,
     };
-    conclude(args, guard, ended?).await
+    let command = command(common, args, &guard)?;
+    let ended = run_supervised(supervision, command, &mut signals).await?;
+    conclude(args, guard, ended).await
 }
 
 /// Frees the lock and tells what happened.
@@ -251,35 +276,38 @@ async fn conclude(args: &LockArgs, guard: LockGuard, ended: Ended) -> anyhow::Re
     Ok(ExitCode::from(code_of(ended.status)))
 }
 
-async fn end(session: Session) {
+pub(crate) async fn end(session: Session) {
     // If this does not get through, the ttl does it.
     let _ = timeout(GOODBYE, session.end()).await;
 }
 
-fn code_of(status: ExitStatus) -> u8 {
+pub(crate) fn code_of(status: ExitStatus) -> u8 {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     u8::try_from(code).unwrap_or(exit::FAILURE)
 }
 
 /// The command, to be started by way of this program so that it dies with its supervisor.
-fn command(common: &Common, args: &LockArgs, guard: &LockGuard) -> Result<std::process::Command, Failure> {
-    let (program, rest) = args.command.split_first().ok_or_else(|| Failure::usage("there is no command to run"))?;
+pub(crate) fn tied(words: &[OsString], foreground: bool) -> Result<std::process::Command, Failure> {
+    let (program, rest) = words.split_first().ok_or_else(|| Failure::usage("there is no command to run"))?;
     let mut command = if cfg!(target_os = "linux") {
         // Still this very program after an upgrade has replaced its file.
         let mut command = std::process::Command::new("/proc/self/exe");
-        command
-            .arg0("tenure")
-            .args(["lock", "--child-of", &std::process::id().to_string(), "child", "--"])
-            .args(&args.command);
+        command.arg0("tenure").args(["lock", "--child-of", &std::process::id().to_string(), "child", "--"]).args(words);
         command
     } else {
         let mut command = std::process::Command::new(program);
         command.args(rest);
         command
     };
-    if !args.foreground {
+    if !foreground {
         command.process_group(0);
     }
+    Ok(command)
+}
+
+/// The command with what it may want to know of its lock.
+fn command(common: &Common, args: &LockArgs, guard: &LockGuard) -> Result<std::process::Command, Failure> {
+    let mut command = tied(&args.command, args.foreground)?;
     let (name, token) = (guard.name(), guard.token().to_string());
     command
         .env("TENURE_LOCK", name)
@@ -322,19 +350,15 @@ enum Event {
 }
 
 /// How the command ended.
-struct Ended {
-    status: ExitStatus,
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
     /// Why it was stopped, if the lease made it so.
-    stopped: Option<String>,
+    pub(crate) stopped: Option<String>,
 }
 
 /// The warden's side: see the head of this file.
 struct Watch {
-    session: Session,
-    grace: Duration,
-    warning: Signal,
-    foreground: bool,
-    hold_for_group: bool,
+    supervision: Supervision,
     events: Sender<Event>,
     inbox: Receiver<Event>,
 }
@@ -342,12 +366,12 @@ struct Watch {
 impl Watch {
     fn run(self, mut command: std::process::Command) -> anyhow::Result<Ended> {
         // Starting takes time too, and there may have been a pause since the grant.
-        self.session.check()?;
+        self.supervision.session.check()?;
         let mut child = command
             .spawn()
             .map_err(|error| Failure::new(exit::NOT_EXECUTABLE, format!("cannot start the command: {error}")))?;
         let pid = Pid::from_child(&child);
-        let target = if self.foreground { Target::Process(pid) } else { Target::Group(pid) };
+        let target = if self.supervision.foreground { Target::Process(pid) } else { Target::Group(pid) };
         let events = self.events.clone();
         std::thread::Builder::new().name("exit".to_owned()).spawn(move || {
             await_exit(pid);
@@ -364,7 +388,7 @@ impl Watch {
         let (mut stopped, mut killed) = (None, false);
         loop {
             // First of all, at every turn: after a freeze this is the first thing that happens.
-            if !killed && let Err(Error::Lost(reason)) = self.session.check() {
+            if !killed && let Err(Error::Lost(reason)) = self.supervision.session.check() {
                 target.send(Signal::KILL);
                 (stopped, killed) = (Some(reason.to_string()), true);
             }
@@ -387,22 +411,22 @@ impl Watch {
     }
 
     fn warn_in(&self) -> Duration {
-        self.session.deadline().since(BootTime::now()).saturating_sub(self.grace)
+        self.supervision.session.deadline().since(BootTime::now()).saturating_sub(self.supervision.grace)
     }
 
     fn sleep(&self, warned: bool) -> Duration {
-        let until = if warned { self.session.deadline().since(BootTime::now()) } else { self.warn_in() };
+        let until = if warned { self.supervision.session.deadline().since(BootTime::now()) } else { self.warn_in() };
         // Never zero: a state that does not change must not become a busy loop.
         until.clamp(Duration::from_millis(1), LOOK_EVERY)
     }
 
     fn warn(&self, target: Target) {
-        let left = self.session.deadline().since(BootTime::now());
+        let left = self.supervision.session.deadline().since(BootTime::now());
         eprintln!(
             "warning: the lock cannot be renewed; the command is asked to stop and is killed in {:.1} s",
             left.as_secs_f64()
         );
-        target.send(self.warning);
+        target.send(self.supervision.warning);
         // A stopped process acts on no other signal.
         target.send(Signal::CONT);
     }
@@ -421,9 +445,9 @@ impl Watch {
 
     /// Holds the lock until every process that the command left in its group has ended, as an inherited lock of flock(1) would be.
     fn await_group(&self, group: Pid) -> Option<String> {
-        let mut told = !self.hold_for_group;
-        while self.hold_for_group && rustix::process::test_kill_process_group(group).is_ok() {
-            if let Err(Error::Lost(reason)) = self.session.check() {
+        let mut told = !self.supervision.hold_for_group;
+        while self.supervision.hold_for_group && rustix::process::test_kill_process_group(group).is_ok() {
+            if let Err(Error::Lost(reason)) = self.supervision.session.check() {
                 Target::Group(group).send(Signal::KILL);
                 return Some(reason.to_string());
             }
@@ -478,7 +502,8 @@ fn await_exit(pid: Pid) {
 }
 
 /// The signals that are passed on to the command.
-struct Signals {
+pub(crate) struct Signals {
+    sender: tokio::sync::mpsc::Sender<Signal>,
     receiver: tokio::sync::mpsc::Receiver<Signal>,
 }
 
@@ -495,14 +520,19 @@ impl Signals {
         Signal::WINCH,
     ];
 
-    fn catch() -> std::io::Result<Self> {
+    pub(crate) fn catch() -> std::io::Result<Self> {
         let (sender, receiver) = tokio::sync::mpsc::channel(64);
         for number in Self::ALL {
             let mut stream = signal(SignalKind::from_raw(number.as_raw()))?;
             let sender = sender.clone();
             tokio::spawn(async move { while stream.recv().await.is_some() && sender.send(number).await.is_ok() {} });
         }
-        Ok(Self { receiver })
+        Ok(Self { sender, receiver })
+    }
+
+    /// For a signal that nobody sent, and that the command should have all the same.
+    pub(crate) fn sender(&self) -> tokio::sync::mpsc::Sender<Signal> {
+        self.sender.clone()
     }
 
     async fn next(&mut self) -> Signal {
@@ -513,7 +543,7 @@ impl Signals {
     }
 
     /// The next one that would have ended this program while there is no command yet.
-    async fn next_deadly(&mut self) -> Signal {
+    pub(crate) async fn next_deadly(&mut self) -> Signal {
         loop {
             let signal = self.next().await;
             match signal {
@@ -527,12 +557,12 @@ impl Signals {
     }
 }
 
-fn hostname() -> String {
+pub(crate) fn hostname() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 /// The beginning of the command line, for people who ask who holds a lock.
-fn brief(command: &[OsString]) -> String {
+pub(crate) fn brief(command: &[OsString]) -> String {
     let words: Vec<_> = command.iter().map(|word| word.to_string_lossy()).collect();
     words.join(" ").chars().take(120).collect()
 }

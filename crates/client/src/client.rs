@@ -248,6 +248,10 @@ impl Client {
         v1::counters_client::CountersClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
     }
 
+    pub(crate) fn elections_of(&self, channel: Channel) -> v1::elections_client::ElectionsClient<Channel> {
+        v1::elections_client::ElectionsClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
+    }
+
     pub(crate) fn sequences_of(&self, channel: Channel) -> v1::sequences_client::SequencesClient<Channel> {
         v1::sequences_client::SequencesClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
     }

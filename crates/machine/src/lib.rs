@@ -103,7 +103,10 @@ pub use reservations::{
     CAPACITY_MAX, HOLD_MS_MAX, HOLD_MS_MIN, HOLD_OWNER_BYTES_MAX, Held, Hold, HoldAfter, HoldRef, HoldState,
     POOL_NAME_BYTES_MAX, Pool, PoolAmount, PoolCreate, PoolWaiter, ReservationOp, ReservationReply, Reserve,
 };
-pub use schedules::{Schedule, ScheduleOp, ScheduleReply};
+pub use schedules::{
+    CALENDAR_BYTES_MAX, DueSchedule, Missed, Schedule, ScheduleName, ScheduleOp, SchedulePlan, SchedulePut,
+    ScheduleReply, ScheduleTick,
+};
 pub use seen::{LOCKS, SESSIONS, Seen, SharedLock, kind_of};
 pub use sessions::SessionInfo;
 pub use snapshot::Loader;

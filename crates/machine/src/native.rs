@@ -3,7 +3,9 @@
 
 use crate::apply::{Commit, Machine};
 use crate::coded::{coded_enum, coded_struct};
+use crate::elections::ElectionReply;
 use crate::reply::{OpReply, Rejection};
+use crate::types::SessionId;
 use crate::waits::Waiter;
 use crate::{
     conditions, configs, counters, elections, idempotency, lock_ops, markers, queues, registry, reservations, schedules,
@@ -70,6 +72,17 @@ primitives! {
     Election = 9, elections::(ElectionOp, ElectionReply), election_op;
     Lock = 10, lock_ops::(LockOp, LockReply), lock_op;
     Condition = 11, conditions::(ConditionOp, ConditionReply), condition_op;
+}
+
+impl NativeReply {
+    /// The session under which the caller now holds something.
+    pub fn session(&self) -> Option<SessionId> {
+        match self {
+            Self::Election(ElectionReply::Elected(elected)) => Some(elected.session),
+            Self::Election(ElectionReply::Withdrawn(withdrawn)) => Some(withdrawn.elected?.session),
+            _ => None,
+        }
+    }
 }
 
 coded_enum! {

@@ -1131,6 +1131,7 @@ impl Loop {
                 let held = reply.result.as_ref().ok().and_then(|result| match result.results.first() {
                     Some(OpReply::LockGranted(grant)) => Some(grant.session),
                     Some(OpReply::SessionCreated { id, .. }) => Some(*id),
+                    Some(OpReply::Native(reply)) => reply.session(),
                     _ => None,
                 });
                 let remaining_ms = held.and_then(|session| self.member.remaining_ms(session, now())).unwrap_or(0);

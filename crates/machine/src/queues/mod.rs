@@ -22,6 +22,7 @@ pub use job::{
     Dedup, DedupScope, HowEnded, JOB_STATES, Job, JobEnd, JobId, JobLease, JobState, JobTerms, PastDelivery,
 };
 pub use look::{JobInfo, QueueInfo};
+pub(crate) use rules::{check_job, check_queue_name};
 
 use crate::apply::{Commit, Machine};
 use crate::codec;
@@ -495,7 +496,7 @@ pub fn waiting_receiver(txn: &Txn) -> Option<&[u8]> {
 }
 
 impl NewJob {
-    fn growth(&self) -> u64 {
+    pub(crate) fn growth(&self) -> u64 {
         (512 + self.payload.len() + self.terms.as_ref().map_or(0, |terms| terms.bytes())) as u64
     }
 }

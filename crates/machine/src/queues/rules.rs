@@ -722,14 +722,14 @@ pub(super) fn no_queue(key: &ObjectKey) -> Rejection {
     Refusal::new(RefusalCode::NotFound, why).fact("name", shown(key)).into()
 }
 
-pub(super) fn check_queue_name(name: &[u8]) -> Result<(), Rejection> {
+pub(crate) fn check_queue_name(name: &[u8]) -> Result<(), Rejection> {
     if name.is_empty() || name.len() > QUEUE_NAME_MAX || name.contains(&0) {
         return Err(invalid(format!("the name of a queue has 1 to {QUEUE_NAME_MAX} bytes, none of them zero")));
     }
     Ok(())
 }
 
-fn check_job(new: &NewJob) -> Result<(), Rejection> {
+pub(crate) fn check_job(new: &NewJob) -> Result<(), Rejection> {
     if new.payload.len() > JOB_PAYLOAD_MAX {
         let why = format!("a payload of {} bytes is too large", new.payload.len());
         return Err(Refusal::new(RefusalCode::TooLarge, why).fact("limit", JOB_PAYLOAD_MAX).into());

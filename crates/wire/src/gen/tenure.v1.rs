@@ -659,6 +659,536 @@ pub mod sequences_client {
         }
     }
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CampaignRequest {
+    /// The election: 1 to 1,024 bytes.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Under which session, whose end vacates the election.
+    #[prost(uint64, tag = "2")]
+    pub session: u64,
+    /// What the leader publishes: at most 64 KiB.
+    #[prost(string, tag = "3")]
+    pub value: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub value_bytes: ::prost::bytes::Bytes,
+    /// Higher ones are elected first, and a leader with a lower one is told that it should yield.
+    #[prost(int32, tag = "5")]
+    pub priority: i32,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    /// Strongly advised for a call that waits: the same id finds the same candidate or election again, and Withdraw can name it.
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+    /// Neither: do not wait.
+    #[prost(oneof = "campaign_request::Wait", tags = "6, 7")]
+    pub wait: ::core::option::Option<campaign_request::Wait>,
+}
+/// Nested message and enum types in `CampaignRequest`.
+pub mod campaign_request {
+    /// Neither: do not wait.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Wait {
+        /// Wait at most this long, counted by the service and kept with the candidate; at most 86,400,000. 0 is no wait.
+        #[prost(uint64, tag = "6")]
+        WaitMs(u64),
+        /// Wait as long as the session lives; false is no wait.
+        #[prost(bool, tag = "7")]
+        Forever(bool),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CampaignReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// The fencing token: the revision of the commit that elected.
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    /// The session that leads, its incarnation and its granted TTL.
+    #[prost(uint64, tag = "3")]
+    pub session: u64,
+    #[prost(uint64, tag = "4")]
+    pub session_token: u64,
+    #[prost(uint64, tag = "5")]
+    pub ttl_ms: u64,
+    /// What is left of the TTL, as of this answer.
+    #[prost(uint64, tag = "6")]
+    pub remaining_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProclaimRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    /// At most 64 KiB.
+    #[prost(string, tag = "3")]
+    pub value: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub value_bytes: ::prost::bytes::Bytes,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProclaimReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// A candidate with a higher priority waits.
+    #[prost(bool, tag = "2")]
+    pub should_yield: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResignRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    /// The session of the candidate that is to lead; 0 is whoever is next.
+    #[prost(uint64, tag = "3")]
+    pub to: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResignReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WithdrawRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub session: u64,
+    /// The request id of the campaign to withdraw; absent means whichever of the session waits.
+    #[prost(message, optional, tag = "3")]
+    pub campaign: ::core::option::Option<RequestMeta>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WithdrawReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(oneof = "withdraw_reply::Result", tags = "2, 3")]
+    pub result: ::core::option::Option<withdraw_reply::Result>,
+}
+/// Nested message and enum types in `WithdrawReply`.
+pub mod withdraw_reply {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Result {
+        /// The candidate is gone and will not be elected.
+        #[prost(bool, tag = "2")]
+        Withdrawn(bool),
+        /// It was elected first, and leads.
+        #[prost(message, tag = "3")]
+        Elected(super::CampaignReply),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ElectionGetRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Answer from this member alone, which may be behind.
+    #[prost(bool, tag = "2")]
+    pub stale: bool,
+    /// At most this many candidates; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "3")]
+    pub candidates_limit: u32,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ElectionGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub election: ::core::option::Option<Election>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Election {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(enumeration = "ElectionState", tag = "2")]
+    pub state: i32,
+    /// Absent when it is vacant.
+    #[prost(message, optional, tag = "3")]
+    pub leader: ::core::option::Option<ElectionLeader>,
+    /// A candidate with a higher priority than the leader's waits. Nobody puts the leader out: it should resign when it can.
+    #[prost(bool, tag = "4")]
+    pub should_yield: bool,
+    /// In the order in which they will be elected; left out of lists and of what observers are told.
+    #[prost(message, repeated, tag = "5")]
+    pub candidates: ::prost::alloc::vec::Vec<ElectionCandidate>,
+    /// How many wait in all.
+    #[prost(uint64, tag = "6")]
+    pub candidate_count: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ElectionLeader {
+    #[prost(uint64, tag = "1")]
+    pub token: u64,
+    #[prost(uint64, tag = "2")]
+    pub session: u64,
+    /// What it publishes, and the revision of the commit that published it.
+    #[prost(string, tag = "3")]
+    pub value: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub value_bytes: ::prost::bytes::Bytes,
+    #[prost(uint64, tag = "5")]
+    pub value_revision: u64,
+    #[prost(int32, tag = "6")]
+    pub priority: i32,
+    /// How long it has led.
+    #[prost(uint64, tag = "7")]
+    pub led_ms: u64,
+    /// Until the session may be ended, by the leader of the service's count; 0 if the answering member does not know.
+    #[prost(uint64, tag = "8")]
+    pub remaining_ms: u64,
+    /// Name and metadata of the session.
+    #[prost(string, tag = "9")]
+    pub session_name: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "10")]
+    pub metadata: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ElectionCandidate {
+    /// From 1: the next one to be elected.
+    #[prost(uint64, tag = "1")]
+    pub position: u64,
+    #[prost(uint64, tag = "2")]
+    pub session: u64,
+    #[prost(int32, tag = "3")]
+    pub priority: i32,
+    #[prost(uint64, tag = "4")]
+    pub waited_ms: u64,
+    /// Until it gives up; 0 is never.
+    #[prost(uint64, tag = "5")]
+    pub wait_left_ms: u64,
+    #[prost(string, tag = "6")]
+    pub session_name: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ElectionListRequest {
+    /// Only names that begin so.
+    #[prost(string, tag = "1")]
+    pub prefix: ::prost::alloc::string::String,
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Begin after this name: `next` of the page before.
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(bool, tag = "4")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ElectionListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Without their candidates.
+    #[prost(message, repeated, tag = "2")]
+    pub elections: ::prost::alloc::vec::Vec<Election>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ObserveRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ObserveReply {
+    /// Its revision: everything up to here is told.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub election: ::core::option::Option<Election>,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ElectionState {
+    Vacant = 0,
+    Elected = 1,
+}
+impl ElectionState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Vacant => "VACANT",
+            Self::Elected => "ELECTED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "VACANT" => Some(Self::Vacant),
+            "ELECTED" => Some(Self::Elected),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod elections_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct ElectionsClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> ElectionsClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> ElectionsClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            ElectionsClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Leads, or waits to lead if told to. Errors: HELD (no wait was asked for; the facts name the leader), TIMEOUT_WAITING, CANCELLED (withdrawn),
+        /// DEADLOCK (this session leads or waits already), SESSION_EXPIRED, QUOTA (too many candidates), INVALID.
+        /// Who gives up waiting must call Withdraw until told `withdrawn` or the election, so that no election stays unnoticed.
+        pub async fn campaign(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CampaignRequest>,
+        ) -> std::result::Result<tonic::Response<super::CampaignReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Elections/Campaign",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Elections", "Campaign"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Publishes another value. Errors: FENCED (this is not the leader's token), which changes nothing.
+        pub async fn proclaim(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ProclaimRequest>,
+        ) -> std::result::Result<tonic::Response<super::ProclaimReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Elections/Proclaim",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Elections", "Proclaim"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives the lead up, and to the next in the same commit. Resigning the last token again succeeds while its session lives.
+        /// Errors: FENCED, NOT_FOUND (`to` is no candidate); the leader then still leads.
+        pub async fn resign(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ResignRequest>,
+        ) -> std::result::Result<tonic::Response<super::ResignReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Elections/Resign",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Elections", "Resign"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes a candidate out of the queue. If it was elected first the answer says so, and it leads: resign. Errors: NOT_FOUND (neither).
+        pub async fn withdraw(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WithdrawRequest>,
+        ) -> std::result::Result<tonic::Response<super::WithdrawReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Elections/Withdraw",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Elections", "Withdraw"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells who leads and who waits. An election that nobody ever led is told as vacant. Errors: NO_QUORUM.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ElectionGetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ElectionGetReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Elections/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Elections", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists the elections that somebody leads, by name, in pages.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ElectionListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ElectionListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Elections/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Elections", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells how the election is, then each change: a stream of gRPC, and with `accept: text/event-stream` one of server-sent events. A reader that is
+        /// too slow may miss what came between, never the newest. Errors: NO_QUORUM, INVALID.
+        pub async fn observe(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ObserveRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ObserveReply>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Elections/Observe",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Elections", "Observe"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+    }
+}
 /// Why a call was refused, in a form that programs can act on. It travels as the only detail of a gRPC status (packed in
 /// google.rpc.Status), as problem+json over HTTP, and beside other answers on a pipeline.
 #[derive(Clone, PartialEq, ::prost::Message)]

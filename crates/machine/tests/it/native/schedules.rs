@@ -1,12 +1,62 @@
-//! Schedules in scripts.
+//! Schedules in scripts: `schedule NAME queue=q payload=x every=5s [run-once] [no-overlap]`, `schedule-delete NAME`, `schedule-pause NAME`,
+//! `schedule-resume NAME`, `schedule-run NAME`, and the leader's `schedule-tick NAME changed=2 at=1000 next=2000 [begin]`.
 
 use super::Said;
-use tenure_machine::{Machine, NamespaceId, Op};
+use tenure_machine::*;
 
-pub(super) fn op(_: &Said<'_>) -> Option<Op> {
-    None
+pub(super) fn op(said: &Said<'_>) -> Option<Op> {
+    let name = || -> Box<[u8]> { said.plain(0).unwrap().trim_matches('\'').as_bytes().into() };
+    let named = || ScheduleName { name: name() };
+    let op = match said.verb {
+        "schedule" => ScheduleOp::Put(SchedulePut { name: name(), plan: plan(said) }),
+        "schedule-delete" => ScheduleOp::Delete(named()),
+        "schedule-pause" => ScheduleOp::Pause(named()),
+        "schedule-resume" => ScheduleOp::Resume(named()),
+        "schedule-run" => ScheduleOp::Run(named()),
+        "schedule-tick" => ScheduleOp::Tick(ScheduleTick {
+            name: name(),
+            changed: Revision(said.number("changed")),
+            at: said.number("at"),
+            run: !said.has("begin"),
+            next: said.number("next"),
+        }),
+        _ => return None,
+    };
+    Some(op.into())
 }
 
-pub(super) fn show(_: &Machine, _: NamespaceId, _: &str, _: &[&str]) -> Option<String> {
-    None
+fn plan(said: &Said<'_>) -> SchedulePlan {
+    let payload = said.option("payload").unwrap_or_default().as_bytes().into();
+    let on_duplicate = OnDuplicate::ReturnExisting;
+    SchedulePlan {
+        calendar: said.option("every").map_or_else(String::new, |every| format!("@every {every}")).into(),
+        queue: said.bytes("queue"),
+        job: NewJob { payload, delay_ms: 0, run_at_ms: None, priority: 0, terms: None, on_duplicate },
+        missed: if said.has("run-once") { Missed::RunOnce } else { Missed::Skip },
+        no_overlap: said.has("no-overlap"),
+    }
+}
+
+pub(super) fn show(machine: &Machine, namespace: NamespaceId, what: &str, rest: &[&str]) -> Option<String> {
+    let said = match (what, rest) {
+        ("schedule", [name]) => match machine.object::<Schedule>(namespace, name.as_bytes()) {
+            None => format!("no schedule {name}"),
+            Some(s) => format!(
+                "schedule {name} `{}` changed={} last={} next={:?} enqueued={}{}",
+                s.plan.calendar,
+                s.changed,
+                s.last,
+                s.next,
+                s.enqueued,
+                if s.paused { " paused" } else { "" }
+            ),
+        },
+        ("due", [now]) => {
+            let due = machine.due_schedules(now.parse().unwrap(), 100);
+            let names: Vec<_> = due.iter().map(|due| due.name.escape_ascii().to_string()).collect();
+            format!("due at {now} [{}]", names.join(" "))
+        }
+        _ => return None,
+    };
+    Some(said)
 }
