@@ -81,6 +81,7 @@ pub use registry::{
     Finding, Following, Health, Registered, Registering, Registry, ServiceCache, ServiceCheck, ServiceInstance,
     ServiceInstances, ServiceSummary,
 };
+pub use reservation::{Hold, HoldState, Pool, PoolInfo, PoolWaiter, Reservation, ReservationChange, Reserve};
 pub use session::{CreateSession, OnExpire, Session, SessionInfo};
 pub use things::{Thing, ThingEvent, ThingWatch, WatchingThings};
 pub use watch::{EventKind, Watch, WatchEvent, Watching};
