@@ -464,7 +464,18 @@ impl Txn {
     ///
     /// Two lanes of multiply and rotate, not a cryptographic hash: a caller can only deceive itself with a collision,
     /// because remembered requests are looked up by its own principal and id first.
+    ///
+    /// Over what the caller asked for alone: what the server adds anew at each try, such as the time that it shows, is not part of the request.
     pub fn digest(&self) -> [u8; 16] {
+        if let [Op::Native(op)] = &self.then[..]
+            && let Some(asked) = op.as_asked()
+        {
+            return Self { then: vec![Op::Native(Box::new(asked))], ..self.clone() }.digest_as_it_is();
+        }
+        self.digest_as_it_is()
+    }
+
+    fn digest_as_it_is(&self) -> [u8; 16] {
         let mut b = Vec::with_capacity(self.size_hint());
         match crate::queues::without_delays_of_moments(self) {
             Some(same) => same.write_body(&mut b),

@@ -85,6 +85,16 @@ impl NativeReply {
     }
 }
 
+impl NativeOp {
+    /// The operation without what the server adds anew at each try; `None`: it is all as the caller asked.
+    pub(crate) fn as_asked(&self) -> Option<Self> {
+        match self {
+            Self::Config(op) => op.as_asked(),
+            _ => None,
+        }
+    }
+}
+
 coded_enum! {
     /// The stable code of a refusal.
     #[derive(Copy, Eq)]

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
 
-use crate::configs::Config;
+use crate::configs::{Config, ConfigVersion};
 use crate::counters::{Counter, Sequence};
 use crate::elections::Election;
 use crate::idempotency::IdempotencyRecord;
@@ -262,6 +262,7 @@ kinds! {
     Sequence = b'n', 13;
     Service = b'g', 14;
     Pulse = b'b', 15;
+    ConfigVersion = b'x', 20;
 }
 
 /// Bytes of a name.
