@@ -28,15 +28,15 @@ pub(crate) struct ReserveArgs {
     #[command(subcommand)]
     command: Option<ReserveCommand>,
     #[command(flatten)]
-    take: Option<Take>,
+    take: Take,
 }
 
 #[derive(Debug, Args)]
 struct Take {
     /// Name of the pool
-    pool: String,
+    pool: Option<String>,
     /// How many units
-    quantity: u64,
+    quantity: Option<u64>,
     /// How long the hold lasts unless it is confirmed or extended
     #[arg(long, default_value = "60s", value_name = "DURATION", value_parser = duration)]
     hold: Duration,
@@ -133,13 +133,8 @@ enum PoolCommand {
 
 pub(crate) async fn run(common: &Common, args: ReserveArgs) -> anyhow::Result<ExitCode> {
     let client = common.client()?;
-    match (args.command, args.take) {
-        (Some(command), _) => manage(&client, command).await.map_err(Failure::from)?,
-        (None, Some(take)) => return take_hold(common, &client, take).await,
-        (None, None) => {
-            return Err(Failure::usage("name a pool and a quantity").hint("see `tenure reserve --help`").into());
-        }
-    }
+    let Some(command) = args.command else { return take_hold(common, &client, args.take).await };
+    manage(&client, command).await.map_err(Failure::from)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -197,7 +192,10 @@ async fn show_pool(client: &Client, of: &Named) -> Result<(), Error> {
 // ---- A hold, and a command under it ----
 
 async fn take_hold(common: &Common, client: &Client, take: Take) -> anyhow::Result<ExitCode> {
-    let mut reserve = client.reserve(&take.pool, take.quantity).hold(take.hold).owner(&take.owner);
+    let (Some(pool), Some(quantity)) = (&take.pool, take.quantity) else {
+        return Err(Failure::usage("name a pool and a quantity").hint("see `tenure reserve --help`").into());
+    };
+    let mut reserve = client.reserve(pool, quantity).hold(take.hold).owner(&take.owner);
     if let Some(wait) = take.wait {
         reserve = reserve.wait(wait);
     }
@@ -246,7 +244,7 @@ async fn under(common: &Common, take: Take, mut hold: Reservation) -> anyhow::Re
     };
     let (status, lost) = attend(child, &mut hold, take.hold, &mut signals).await?;
     if let Some(why) = lost {
-        let what = format!("the hold on `{}` was lost while the command ran: {why}", take.pool);
+        let what = format!("the hold on `{}` was lost while the command ran: {why}", hold.pool());
         print_failure(&what, Some("the command was told to stop; what it held may be another's by now"));
         hold.forget();
         return Ok(ExitCode::from(exit::LOST));
