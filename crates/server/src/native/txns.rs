@@ -229,6 +229,10 @@ impl Planner<'_> {
             Fact::LockHeld(lock) => {
                 Condition::LockHeld(HeldLock { name: lock.name.as_bytes().into(), token: Revision(lock.token) })
             }
+            Fact::AttemptValid(held) => {
+                let name = tenure_machine::RecordName::new(&held.scope, &held.key);
+                Condition::AttemptValid(tenure_machine::HeldAttempt { name, attempt: Revision(held.attempt) })
+            }
             Fact::MarkerAbsent(marker) => Condition::MarkerAbsent(markers::name(&marker.marker, &marker.fields)?),
         };
         Ok(condition(about, if check.not { Relation::NotEqual } else { Relation::Equal }))
@@ -381,4 +385,10 @@ calls! {
     CounterSet(CounterSetReply) = "/tenure.v1.Counters/Set";
     CounterDelete(CounterDeleteReply) = "/tenure.v1.Counters/Delete";
     SequenceNext(SequenceNextReply) = "/tenure.v1.Sequences/Next";
+    IdempotencyBegin(IdempotencyBeginReply) = "/tenure.v1.Idempotency/Begin";
+    IdempotencyHeartbeat(IdempotencyHeartbeatReply) = "/tenure.v1.Idempotency/Heartbeat";
+    IdempotencyCheckpoint(IdempotencyCheckpointReply) = "/tenure.v1.Idempotency/Checkpoint";
+    IdempotencyComplete(IdempotencyCompleteReply) = "/tenure.v1.Idempotency/Complete";
+    IdempotencyFail(IdempotencyFailReply) = "/tenure.v1.Idempotency/Fail";
+    IdempotencyReconcile(IdempotencyReconcileReply) = "/tenure.v1.Idempotency/Reconcile";
 }

@@ -7727,7 +7727,7 @@ pub struct Check {
     /// It must not be so. Not for keys, which have a relation of their own.
     #[prost(bool, tag = "31")]
     pub not: bool,
-    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4, 6")]
     pub fact: ::core::option::Option<check::Fact>,
 }
 /// Nested message and enum types in `Check`.
@@ -7746,12 +7746,24 @@ pub mod check {
         /// The effect is not done, not claimed and not perhaps done.
         #[prost(message, tag = "4")]
         MarkerAbsent(super::MarkerName),
+        /// It is the newest attempt of an idempotency record, and nothing has ended it.
+        #[prost(message, tag = "6")]
+        AttemptValid(super::HeldAttempt),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SessionAlive {
     #[prost(uint64, tag = "1")]
     pub session: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeldAttempt {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MarkerName {
@@ -7826,7 +7838,7 @@ pub struct TxnOnceReply {
 pub struct TxnOp {
     #[prost(
         oneof = "txn_op::Op",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65"
     )]
     pub op: ::core::option::Option<txn_op::Op>,
 }
@@ -7868,6 +7880,18 @@ pub mod txn_op {
         CounterDelete(super::CounterDeleteRequest),
         #[prost(message, tag = "43")]
         SequenceNext(super::SequenceNextRequest),
+        #[prost(message, tag = "60")]
+        IdempotencyBegin(super::IdempotencyBeginRequest),
+        #[prost(message, tag = "61")]
+        IdempotencyHeartbeat(super::IdempotencyHeartbeatRequest),
+        #[prost(message, tag = "62")]
+        IdempotencyCheckpoint(super::IdempotencyCheckpointRequest),
+        #[prost(message, tag = "63")]
+        IdempotencyComplete(super::IdempotencyCompleteRequest),
+        #[prost(message, tag = "64")]
+        IdempotencyFail(super::IdempotencyFailRequest),
+        #[prost(message, tag = "65")]
+        IdempotencyReconcile(super::IdempotencyReconcileRequest),
     }
 }
 /// The answer of the operation of the same name.
@@ -7875,7 +7899,7 @@ pub mod txn_op {
 pub struct TxnAnswer {
     #[prost(
         oneof = "txn_answer::Answer",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65"
     )]
     pub answer: ::core::option::Option<txn_answer::Answer>,
 }
@@ -7917,6 +7941,18 @@ pub mod txn_answer {
         CounterDelete(super::CounterDeleteReply),
         #[prost(message, tag = "43")]
         SequenceNext(super::SequenceNextReply),
+        #[prost(message, tag = "60")]
+        IdempotencyBegin(super::IdempotencyBeginReply),
+        #[prost(message, tag = "61")]
+        IdempotencyHeartbeat(super::IdempotencyHeartbeatReply),
+        #[prost(message, tag = "62")]
+        IdempotencyCheckpoint(super::IdempotencyCheckpointReply),
+        #[prost(message, tag = "63")]
+        IdempotencyComplete(super::IdempotencyCompleteReply),
+        #[prost(message, tag = "64")]
+        IdempotencyFail(super::IdempotencyFailReply),
+        #[prost(message, tag = "65")]
+        IdempotencyReconcile(super::IdempotencyReconcileReply),
     }
 }
 /// Generated client implementations.
