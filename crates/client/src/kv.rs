@@ -616,6 +616,12 @@ impl Compare {
     }
 }
 
+impl Compare {
+    pub(crate) fn into_wire(self) -> v1::Compare {
+        self.wire
+    }
+}
+
 /// One operation of a transaction.
 #[derive(Clone, Debug)]
 pub struct Op {
@@ -667,6 +673,10 @@ impl Op {
 
     fn into_wire(self) -> v1::Op {
         v1::Op { op: Some(self.wire) }
+    }
+
+    pub(crate) fn into_inner(self) -> v1::op::Op {
+        self.wire
     }
 }
 

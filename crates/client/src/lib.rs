@@ -56,6 +56,7 @@ mod things;
 #[cfg(feature = "tower")]
 pub mod tower;
 mod txn;
+mod update;
 mod watch;
 
 pub use client::{Client, ClientOptions, RETRY_MAX};
@@ -73,6 +74,10 @@ pub use kv::{
 };
 pub use lease::{LeaseState, LeaseTiming, LostReason};
 pub use lock::{Acquire, LockGuard, LockHolder, LockInfo, LockWaiter};
+pub use once::{
+    Claim, ClaimMarker, Claimed, Marker, MarkerEvent, MarkerName, MarkerState, OnDeath, Once, OnceMark, PutOnce, Ran,
+    Retention,
+};
 pub use queue::{
     Delivery, Enqueued, Failed, JobAttempt, JobBeat, JobInfo, JobMoved, NewJob, OnDuplicate, Queue, QueueBreaker,
     QueueChange, QueueInfo, QueueSettings, Receive, Redrive, Work, WorkDone,
@@ -84,4 +89,6 @@ pub use registry::{
 pub use reservation::{Hold, HoldState, Pool, PoolInfo, PoolWaiter, Reservation, ReservationChange, Reserve};
 pub use session::{CreateSession, OnExpire, Session, SessionInfo};
 pub use things::{Thing, ThingEvent, ThingWatch, WatchingThings};
+pub use txn::{Answer, Check, FailedCheck, Step, Transaction, TransactionReply};
+pub use update::Updated;
 pub use watch::{EventKind, Watch, WatchEvent, Watching};
