@@ -285,9 +285,7 @@ fn print_marker(marker: &Marker, output: Output) -> anyhow::Result<()> {
 }
 
 fn shown(marker: &Marker) -> Value {
-    let event = |e: &tenure_client::MarkerEvent| {
-        json!({ "kind": e.kind, "age_ms": e.age.as_millis() as u64, "token": e.token.to_string(), "by": e.by, "reason": e.reason })
-    };
+    let event = |e: &tenure_client::MarkerEvent| json!({ "kind": e.kind, "age_ms": e.age.as_millis() as u64, "token": e.token.to_string(), "by": e.by, "reason": e.reason });
     json!({
         "marker": marker.name,
         "state": marker.state.name(),

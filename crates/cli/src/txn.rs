@@ -92,7 +92,8 @@ fn gather(rows: &mut Vec<Vec<String>>, place: &str, answers: &Value) {
         let Some((what, answer)) = answer.as_object().and_then(|one| one.iter().next()) else { continue };
         let mut own = answer.clone();
         let nested = own.as_object_mut().and_then(|own| own.remove("answers"));
-        let told = if own.as_object().is_some_and(serde_json::Map::is_empty) { "ok".to_owned() } else { own.to_string() };
+        let told =
+            if own.as_object().is_some_and(serde_json::Map::is_empty) { "ok".to_owned() } else { own.to_string() };
         rows.push(vec![place.clone(), what.clone(), told]);
         gather(rows, &format!("{place}."), &nested.unwrap_or_default());
     }

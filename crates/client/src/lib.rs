@@ -75,7 +75,7 @@ pub use kv::{
 pub use lease::{LeaseState, LeaseTiming, LostReason};
 pub use lock::{Acquire, LockGuard, LockHolder, LockInfo, LockWaiter};
 pub use once::{
-    Claim, ClaimMarker, Claimed, Marker, MarkerEvent, MarkerName, MarkerState, OnDeath, Once, OnceMark, PutOnce, Ran,
+    Claim, ClaimMarker, Claimed, Marker, MarkerEvent, MarkerName, MarkerState, OnDeath, Once, OnceMark, PutOnce, OnceRan,
     Retention,
 };
 pub use queue::{

@@ -513,22 +513,22 @@ impl ClaimMarker<'_> {
     ///
     /// # Errors
     /// What `effect` returned in the inner result; the outer one is of the service.
-    pub async fn run<T, E, F, Fut>(self, effect: F) -> Result<Ran<T, E>, Error>
+    pub async fn run<T, E, F, Fut>(self, effect: F) -> Result<OnceRan<T, E>, Error>
     where
         T: AsRef<[u8]>,
         F: FnOnce(Claim) -> Fut,
         Fut: Future<Output = Result<T, E>>,
     {
         match self.run_claim().await? {
-            Claimed::AlreadyDone { marker, unconfirmed } => Ok(Ran::AlreadyDone { marker, unconfirmed }),
+            Claimed::AlreadyDone { marker, unconfirmed } => Ok(OnceRan::AlreadyDone { marker, unconfirmed }),
             Claimed::Granted(claim) => match effect(claim.clone()).await {
                 Ok(value) => {
                     claim.confirm(Bytes::copy_from_slice(value.as_ref())).await?;
-                    Ok(Ran::Done(value))
+                    Ok(OnceRan::Done(value))
                 }
                 Err(error) => {
                     claim.release().await?;
-                    Ok(Ran::Failed(error))
+                    Ok(OnceRan::Failed(error))
                 }
             },
         }
@@ -565,7 +565,7 @@ impl<'a> IntoFuture for ClaimMarker<'a> {
 
 /// What came of [`ClaimMarker::run`].
 #[derive(Clone, Debug)]
-pub enum Ran<T, E> {
+pub enum OnceRan<T, E> {
     /// It was done now, and confirmed.
     Done(T),
     /// It failed, and the claim was released.

@@ -8,9 +8,11 @@
 use crate::apply::{Commit, Machine, invalid};
 use crate::coded::{coded_enum, coded_struct};
 use crate::command::{Compare, CompareTarget, Op, RequireLock};
+use crate::counters::Counter;
 use crate::idempotency::RecordName;
 use crate::markers::{Marker, MarkerOp, state_word};
 use crate::native::{NativeOp, Refusal, RefusalCode};
+use crate::queues::Receipt;
 use crate::record::Record;
 use crate::reply::{OpReply, Rejection};
 use crate::types::*;
@@ -41,8 +43,23 @@ coded_enum! {
         LockHeld(HeldLock) = 2,
         /// Nobody has done the effect of this marker (a canonical name), does it or may have done it.
         MarkerAbsent(Box<str>) = 3,
+        /// It is the newest delivery of its job, and under way.
+        ReceiptValid(Receipt) = 5,
         /// It is the newest attempt of an idempotency record, and nothing has ended it.
         AttemptValid(HeldAttempt) = 6,
+        /// The counter is within bounds; one that is not there counts as zero.
+        CounterWithin(CounterWithin) = 7,
+        /// The election is led under exactly this token.
+        Leads(HeldLock) = 8,
+    }
+}
+
+coded_struct! {
+    /// Bounds of a counter, both included.
+    pub struct CounterWithin as "bounds of a counter" {
+        pub name: Box<[u8]>,
+        pub min: i64,
+        pub max: i64,
     }
 }
 
@@ -153,6 +170,19 @@ impl Machine {
                 _ => Ok(()),
             },
             Condition::AttemptValid(held) => self.judge_attempt(namespace, &held.name, held.attempt),
+            Condition::ReceiptValid(receipt) => self.judge_receipt(namespace, receipt),
+            Condition::CounterWithin(bounds) => {
+                let counter = self.object::<Counter>(namespace, &bounds.name);
+                let value = counter.map_or(0, |counter| counter.value);
+                if (bounds.min..=bounds.max).contains(&value) { Ok(()) } else { Err(beyond(bounds, value)) }
+            }
+            Condition::Leads(led) => {
+                let leader = self.election(namespace, &led.name, 0).leader;
+                if leader.as_ref().is_some_and(|leader| leader.token == led.token) {
+                    return Ok(());
+                }
+                Err(not_led(led, leader.map(|leader| (leader.token, leader.session))))
+            }
         }
     }
 
@@ -201,6 +231,27 @@ fn taken(name: &str, marker: &Marker, now: LogTime) -> Rejection {
         .fact("token", marker.token)
         .fact("since_ms", now.0.saturating_sub(marker.at.0));
     refusal.into()
+}
+
+fn beyond(bounds: &CounterWithin, value: i64) -> Rejection {
+    let name = String::from_utf8_lossy(&bounds.name);
+    let why = format!("counter `{name}` is {value}, not within {} and {}", bounds.min, bounds.max);
+    Refusal::new(RefusalCode::Conflict, why).fact("name", name).fact("value", value).into()
+}
+
+fn not_led(led: &HeldLock, leader: Option<(Revision, SessionId)>) -> Rejection {
+    let (name, presented) = (String::from_utf8_lossy(&led.name), led.token);
+    let why = match leader {
+        Some((token, session)) => {
+            format!("election `{name}` is led by session {session} under token {token}, not under {presented}")
+        }
+        None => format!("election `{name}` is not led under token {presented}: nobody leads it"),
+    };
+    let refusal = Refusal::new(RefusalCode::Fenced, why).fact("name", name).fact("presented", presented);
+    match leader {
+        Some((token, session)) => refusal.fact("newest", token).fact("holder_session", session).into(),
+        None => refusal.fact("newest", 0).into(),
+    }
 }
 
 /// The facts of a refusal as a failed compare tells them.

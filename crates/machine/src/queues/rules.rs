@@ -411,27 +411,8 @@ impl Commit<'_> {
             Some((job, JobState::Leased(lease))) if job.token == receipt.token && job.token < self.at => {
                 Ok((job, lease))
             }
-            _ => Err(self.fenced_receipt(receipt, job)),
+            _ => Err(fenced_receipt(receipt, job, self.m.stamp)),
         }
-    }
-
-    fn fenced_receipt(&self, receipt: &Receipt, job: Option<&Job>) -> Rejection {
-        let (id, presented) = (receipt.id, receipt.token);
-        let start = format!("receipt {presented} of job {id} is stale");
-        let refusal = match job {
-            None => Refusal::new(RefusalCode::Fenced, format!("{start}: the job is gone")).fact("state", "gone"),
-            Some(job) => {
-                let (state, attempt) = (job.state.name(), job.attempt);
-                let why =
-                    format!("{start}: the job is {state}, its newest delivery is {} (attempt {attempt})", job.token);
-                Refusal::new(RefusalCode::Fenced, why)
-                    .fact("state", state)
-                    .fact("attempt", attempt)
-                    .fact("newest", job.token)
-                    .fact("since_ms", self.m.stamp.0.saturating_sub(job.since().0))
-            }
-        };
-        refusal.fact("name", id).fact("presented", presented).into()
     }
 
     fn queue_of(&self, job: &Job) -> Option<ObjectKey> {
@@ -478,7 +459,7 @@ impl Commit<'_> {
             return Ok(true);
         }
         let job = self.leased_job(&ack.receipt)?.0.clone();
-        let Some(key) = self.queue_of(&job) else { return Err(self.fenced_receipt(&ack.receipt, None)) };
+        let Some(key) = self.queue_of(&job) else { return Err(fenced_receipt(&ack.receipt, None, self.m.stamp)) };
         let group = job.group().cloned();
         self.finish_job(&key, ack.receipt.id, job, Ending::Done(&ack.result));
         self.trim_done(&key);
@@ -549,7 +530,7 @@ impl Commit<'_> {
 
     fn end_job_delivery(&mut self, receipt: &Receipt, end: End) -> Result<Moved, Rejection> {
         let job = self.leased_job(receipt)?.0.clone();
-        let Some(key) = self.queue_of(&job) else { return Err(self.fenced_receipt(receipt, None)) };
+        let Some(key) = self.queue_of(&job) else { return Err(fenced_receipt(receipt, None, self.m.stamp)) };
         let group = job.group().cloned();
         let moved = self.give_job_back(&key, receipt.id, job, end);
         self.serve_queue(&key, group.as_ref());
@@ -662,11 +643,31 @@ impl Commit<'_> {
 }
 
 impl Machine {
-    /// Whether this is the receipt of the newest delivery of the job, and that is under way.
-    pub(crate) fn is_receipt_current(&self, namespace: NamespaceId, id: JobId, token: Revision) -> bool {
-        let job = self.objects.get::<Job>(&id.key(namespace));
-        job.is_some_and(|job| job.token == token && matches!(job.state, JobState::Leased(_)))
+    /// Refuses unless this is the receipt of the newest delivery of the job, and that is under way.
+    pub(crate) fn judge_receipt(&self, namespace: NamespaceId, receipt: &Receipt) -> Result<(), Rejection> {
+        match self.objects.get::<Job>(&receipt.id.key(namespace)) {
+            Some(job) if job.token == receipt.token && matches!(job.state, JobState::Leased(_)) => Ok(()),
+            job => Err(fenced_receipt(receipt, job, self.stamp)),
+        }
     }
+}
+
+fn fenced_receipt(receipt: &Receipt, job: Option<&Job>, now: LogTime) -> Rejection {
+    let (id, presented) = (receipt.id, receipt.token);
+    let start = format!("receipt {presented} of job {id} is stale");
+    let refusal = match job {
+        None => Refusal::new(RefusalCode::Fenced, format!("{start}: the job is gone")).fact("state", "gone"),
+        Some(job) => {
+            let (state, attempt) = (job.state.name(), job.attempt);
+            let why = format!("{start}: the job is {state}, its newest delivery is {} (attempt {attempt})", job.token);
+            Refusal::new(RefusalCode::Fenced, why)
+                .fact("state", state)
+                .fact("attempt", attempt)
+                .fact("newest", job.token)
+                .fact("since_ms", now.0.saturating_sub(job.since().0))
+        }
+    };
+    refusal.fact("name", id).fact("presented", presented).into()
 }
 
 /// A delay goes no further.

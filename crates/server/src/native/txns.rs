@@ -8,9 +8,9 @@
 use bytes::Bytes;
 use prost::Message;
 use tenure_machine::{
-    Compare, CompareTarget, Condition, ConditionOp, ConditionReply, Failed, HeldLock, MarkerOp, NamespaceId,
-    NativeReply, Op, OpReply, Relation, Reply, RequestId, RequireLock, Revision, SessionId, Span, SubTxn, Txn,
-    TxnReply,
+    Compare, CompareTarget, Condition, ConditionOp, ConditionReply, CounterWithin, Failed, HeldAttempt, HeldLock,
+    JobId, MarkerOp, NamespaceId, NativeReply, Op, OpReply, Receipt, RecordName, Relation, Reply, RequestId,
+    RequireLock, Revision, SessionId, Span, SubTxn, Txn, TxnReply,
 };
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::txn_answer::Answer as Wire;
@@ -229,11 +229,30 @@ impl Planner<'_> {
             Fact::LockHeld(lock) => {
                 Condition::LockHeld(HeldLock { name: lock.name.as_bytes().into(), token: Revision(lock.token) })
             }
-            Fact::AttemptValid(held) => {
-                let name = tenure_machine::RecordName::new(&held.scope, &held.key);
-                Condition::AttemptValid(tenure_machine::HeldAttempt { name, attempt: Revision(held.attempt) })
-            }
             Fact::MarkerAbsent(marker) => Condition::MarkerAbsent(markers::name(&marker.marker, &marker.fields)?),
+            Fact::AttemptValid(of) => {
+                let name = RecordName::new(&of.scope, &of.key);
+                Condition::AttemptValid(HeldAttempt { name, attempt: Revision(of.attempt) })
+            }
+            Fact::ReceiptValid(of) => {
+                let id = JobId::parse(&of.id);
+                let id = id.ok_or_else(|| refuse("compares.receipt_valid.id", "this is not the id of a job"))?;
+                Condition::ReceiptValid(Receipt { id, token: Revision(of.token) })
+            }
+            Fact::Leads(led) if led.name.is_empty() => {
+                return Err(refuse("compares.leads.name", "name the election"));
+            }
+            Fact::Leads(led) => {
+                Condition::Leads(HeldLock { name: led.name.as_bytes().into(), token: Revision(led.token) })
+            }
+            Fact::Counter(range) if range.name.is_empty() => {
+                return Err(refuse("compares.counter.name", "name the counter"));
+            }
+            Fact::Counter(range) => Condition::CounterWithin(CounterWithin {
+                name: range.name.as_bytes().into(),
+                min: range.min.unwrap_or(i64::MIN),
+                max: range.max.unwrap_or(i64::MAX),
+            }),
         };
         Ok(condition(about, if check.not { Relation::NotEqual } else { Relation::Equal }))
     }
@@ -363,8 +382,9 @@ macro_rules! calls {
         fn answered(path: &str, answer: Bytes) -> Result<Wire, Refused> {
             match path {
                 $($path => {
-                    let answer = v1::$reply::decode(answer).map_err(|_| mixed_up())?;
-                    Ok(Wire::$name(v1::$reply { header: None, ..answer }))
+                    let mut answer = v1::$reply::decode(answer).map_err(|_| mixed_up())?;
+                    answer.header = None;
+                    Ok(Wire::$name(answer))
                 })*
                 _ => Err(mixed_up()),
             }
@@ -391,4 +411,20 @@ calls! {
     IdempotencyComplete(IdempotencyCompleteReply) = "/tenure.v1.Idempotency/Complete";
     IdempotencyFail(IdempotencyFailReply) = "/tenure.v1.Idempotency/Fail";
     IdempotencyReconcile(IdempotencyReconcileReply) = "/tenure.v1.Idempotency/Reconcile";
+    Reserve(ReserveReply) = "/tenure.v1.Reservations/Reserve";
+    ReservationConfirm(ReservationReply) = "/tenure.v1.Reservations/Confirm";
+    ReservationCancel(ReservationReply) = "/tenure.v1.Reservations/Cancel";
+    ReservationExtend(ReservationReply) = "/tenure.v1.Reservations/Extend";
+    PoolCreate(PoolReply) = "/tenure.v1.Pools/Create";
+    PoolResize(PoolReply) = "/tenure.v1.Pools/Resize";
+    PoolRestock(PoolReply) = "/tenure.v1.Pools/Restock";
+    PoolReturn(PoolReply) = "/tenure.v1.Pools/Return";
+    PoolDelete(PoolReply) = "/tenure.v1.Pools/Delete";
+    JobEnqueue(EnqueueReply) = "/tenure.v1.Queues/Enqueue";
+    JobReceive(ReceiveReply) = "/tenure.v1.Queues/Receive";
+    JobAck(ReceiveReply) = "/tenure.v1.Queues/Ack";
+    JobNack(MoveReply) = "/tenure.v1.Queues/Nack";
+    JobRelease(MoveReply) = "/tenure.v1.Queues/Release";
+    JobHeartbeat(JobHeartbeatReply) = "/tenure.v1.Queues/Heartbeat";
+    JobCancel(MoveReply) = "/tenure.v1.Queues/Cancel";
 }

@@ -7727,7 +7727,7 @@ pub struct Check {
     /// It must not be so. Not for keys, which have a relation of their own.
     #[prost(bool, tag = "31")]
     pub not: bool,
-    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4, 6")]
+    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub fact: ::core::option::Option<check::Fact>,
 }
 /// Nested message and enum types in `Check`.
@@ -7746,24 +7746,24 @@ pub mod check {
         /// The effect is not done, not claimed and not perhaps done.
         #[prost(message, tag = "4")]
         MarkerAbsent(super::MarkerName),
+        /// This is the newest delivery of its job, and under way.
+        #[prost(message, tag = "5")]
+        ReceiptValid(super::ReceiptRef),
         /// It is the newest attempt of an idempotency record, and nothing has ended it.
         #[prost(message, tag = "6")]
         AttemptValid(super::HeldAttempt),
+        /// The counter is within bounds; one that is not there counts as 0.
+        #[prost(message, tag = "7")]
+        Counter(super::CounterRange),
+        /// The election is led under this very token.
+        #[prost(message, tag = "8")]
+        Leads(super::LedElection),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SessionAlive {
     #[prost(uint64, tag = "1")]
     pub session: u64,
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct HeldAttempt {
-    #[prost(string, tag = "1")]
-    pub scope: ::prost::alloc::string::String,
-    #[prost(string, tag = "2")]
-    pub key: ::prost::alloc::string::String,
-    #[prost(uint64, tag = "3")]
-    pub attempt: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MarkerName {
@@ -7774,6 +7774,40 @@ pub struct MarkerName {
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeldAttempt {
+    #[prost(string, tag = "1")]
+    pub scope: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub attempt: u64,
+}
+/// Of a delivered job: its id, and the token of the delivery.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReceiptRef {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LedElection {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CounterRange {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Both bounds are included; one that is not given does not bound.
+    #[prost(int64, optional, tag = "2")]
+    pub min: ::core::option::Option<i64>,
+    #[prost(int64, optional, tag = "3")]
+    pub max: ::core::option::Option<i64>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct FailedCompare {
@@ -7838,7 +7872,7 @@ pub struct TxnOnceReply {
 pub struct TxnOp {
     #[prost(
         oneof = "txn_op::Op",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76"
     )]
     pub op: ::core::option::Option<txn_op::Op>,
 }
@@ -7892,6 +7926,38 @@ pub mod txn_op {
         IdempotencyFail(super::IdempotencyFailRequest),
         #[prost(message, tag = "65")]
         IdempotencyReconcile(super::IdempotencyReconcileRequest),
+        #[prost(message, tag = "80")]
+        Reserve(super::ReserveRequest),
+        #[prost(message, tag = "81")]
+        ReservationConfirm(super::ReservationConfirmRequest),
+        #[prost(message, tag = "82")]
+        ReservationCancel(super::ReservationCancelRequest),
+        #[prost(message, tag = "83")]
+        ReservationExtend(super::ReservationExtendRequest),
+        #[prost(message, tag = "84")]
+        PoolCreate(super::PoolCreateRequest),
+        #[prost(message, tag = "85")]
+        PoolResize(super::PoolResizeRequest),
+        #[prost(message, tag = "86")]
+        PoolRestock(super::PoolRestockRequest),
+        #[prost(message, tag = "87")]
+        PoolReturn(super::PoolReturnRequest),
+        #[prost(message, tag = "88")]
+        PoolDelete(super::PoolDeleteRequest),
+        #[prost(message, tag = "70")]
+        JobEnqueue(super::EnqueueRequest),
+        #[prost(message, tag = "71")]
+        JobReceive(super::ReceiveRequest),
+        #[prost(message, tag = "72")]
+        JobAck(super::AckRequest),
+        #[prost(message, tag = "73")]
+        JobNack(super::NackRequest),
+        #[prost(message, tag = "74")]
+        JobRelease(super::JobReleaseRequest),
+        #[prost(message, tag = "75")]
+        JobHeartbeat(super::JobHeartbeatRequest),
+        #[prost(message, tag = "76")]
+        JobCancel(super::JobCancelRequest),
     }
 }
 /// The answer of the operation of the same name.
@@ -7899,7 +7965,7 @@ pub mod txn_op {
 pub struct TxnAnswer {
     #[prost(
         oneof = "txn_answer::Answer",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76"
     )]
     pub answer: ::core::option::Option<txn_answer::Answer>,
 }
@@ -7953,6 +8019,38 @@ pub mod txn_answer {
         IdempotencyFail(super::IdempotencyFailReply),
         #[prost(message, tag = "65")]
         IdempotencyReconcile(super::IdempotencyReconcileReply),
+        #[prost(message, tag = "80")]
+        Reserve(super::ReserveReply),
+        #[prost(message, tag = "81")]
+        ReservationConfirm(super::ReservationReply),
+        #[prost(message, tag = "82")]
+        ReservationCancel(super::ReservationReply),
+        #[prost(message, tag = "83")]
+        ReservationExtend(super::ReservationReply),
+        #[prost(message, tag = "84")]
+        PoolCreate(super::PoolReply),
+        #[prost(message, tag = "85")]
+        PoolResize(super::PoolReply),
+        #[prost(message, tag = "86")]
+        PoolRestock(super::PoolReply),
+        #[prost(message, tag = "87")]
+        PoolReturn(super::PoolReply),
+        #[prost(message, tag = "88")]
+        PoolDelete(super::PoolReply),
+        #[prost(message, tag = "70")]
+        JobEnqueue(super::EnqueueReply),
+        #[prost(message, tag = "71")]
+        JobReceive(super::ReceiveReply),
+        #[prost(message, tag = "72")]
+        JobAck(super::ReceiveReply),
+        #[prost(message, tag = "73")]
+        JobNack(super::MoveReply),
+        #[prost(message, tag = "74")]
+        JobRelease(super::MoveReply),
+        #[prost(message, tag = "75")]
+        JobHeartbeat(super::JobHeartbeatReply),
+        #[prost(message, tag = "76")]
+        JobCancel(super::MoveReply),
     }
 }
 /// Generated client implementations.

@@ -1,7 +1,10 @@
 //! Transactions over the primitives in scripts: conditions and requirements.
 
 use super::Said;
-use tenure_machine::{Condition, ConditionOp, HeldLock, Op, Relation, Revision, SessionId};
+use tenure_machine::{
+    Condition, ConditionOp, CounterWithin, HeldAttempt, HeldLock, JobId, Op, Receipt, RecordName, Relation, Revision,
+    SessionId,
+};
 
 /// `explain` stands first in a second list; `require CONDITION` refuses.
 pub(super) fn op(said: &Said<'_>) -> Option<Op> {
@@ -12,7 +15,7 @@ pub(super) fn op(said: &Said<'_>) -> Option<Op> {
     }
 }
 
-/// `alive:7`, `held:jobs/12`, `absent:type=welcome,user=42`; with `not-` in front it must not be so.
+/// `alive:7`, `held:jobs/12`, `absent:type=welcome,user=42`, `attempt:key/3`, `receipt:2-1/3`, `within:stock/1..9`, `leads:e/3`; with `not-` in front it must not be so.
 pub(crate) fn condition(word: &str) -> Option<(Relation, Condition)> {
     let (relation, word) = match word.strip_prefix("not-") {
         Some(word) => (Relation::NotEqual, word),
@@ -27,6 +30,27 @@ pub(crate) fn condition(word: &str) -> Option<(Relation, Condition)> {
             Condition::LockHeld(HeldLock { name: name.as_bytes().into(), token })
         }
         "absent" => Condition::MarkerAbsent(rest.into()),
+        "attempt" => {
+            let (key, attempt) = rest.split_once('/').unwrap();
+            let name = RecordName::new("", key);
+            Condition::AttemptValid(HeldAttempt { name, attempt: Revision(attempt.parse().unwrap()) })
+        }
+        "receipt" => {
+            let (id, token) = rest.split_once('/').unwrap();
+            let token = Revision(token.parse().unwrap());
+            Condition::ReceiptValid(Receipt { id: JobId::parse(id).unwrap(), token })
+        }
+        "within" => {
+            let (name, bounds) = rest.split_once('/').unwrap();
+            let (min, max) = bounds.split_once("..").unwrap();
+            let (min, max) = (min.parse().unwrap(), max.parse().unwrap());
+            Condition::CounterWithin(CounterWithin { name: name.as_bytes().into(), min, max })
+        }
+        "leads" => {
+            let (name, token) = rest.split_once('/').unwrap();
+            let token = Revision(token.parse().unwrap());
+            Condition::Leads(HeldLock { name: name.as_bytes().into(), token })
+        }
         _ => return None,
     };
     Some((relation, condition))
