@@ -75,8 +75,8 @@ pub use kv::{
 pub use lease::{LeaseState, LeaseTiming, LostReason};
 pub use lock::{Acquire, LockGuard, LockHolder, LockInfo, LockWaiter};
 pub use once::{
-    Claim, ClaimMarker, Claimed, Marker, MarkerEvent, MarkerName, MarkerState, OnDeath, Once, OnceMark, PutOnce, OnceRan,
-    Retention,
+    Claim, ClaimMarker, Claimed, Marker, MarkerEvent, MarkerName, MarkerState, OnDeath, Once, OnceMark, OnceRan,
+    PutOnce, Retention,
 };
 pub use queue::{
     Delivery, Enqueued, Failed, JobAttempt, JobBeat, JobInfo, JobMoved, NewJob, OnDuplicate, Queue, QueueBreaker,
