@@ -427,4 +427,7 @@ calls! {
     JobRelease(MoveReply) = "/tenure.v1.Queues/Release";
     JobHeartbeat(JobHeartbeatReply) = "/tenure.v1.Queues/Heartbeat";
     JobCancel(MoveReply) = "/tenure.v1.Queues/Cancel";
+    ElectionCampaign(CampaignReply) = "/tenure.v1.Elections/Campaign";
+    ElectionProclaim(ProclaimReply) = "/tenure.v1.Elections/Proclaim";
+    ElectionResign(ResignReply) = "/tenure.v1.Elections/Resign";
 }

@@ -7872,7 +7872,7 @@ pub struct TxnOnceReply {
 pub struct TxnOp {
     #[prost(
         oneof = "txn_op::Op",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92"
     )]
     pub op: ::core::option::Option<txn_op::Op>,
 }
@@ -7958,6 +7958,12 @@ pub mod txn_op {
         JobHeartbeat(super::JobHeartbeatRequest),
         #[prost(message, tag = "76")]
         JobCancel(super::JobCancelRequest),
+        #[prost(message, tag = "90")]
+        ElectionCampaign(super::CampaignRequest),
+        #[prost(message, tag = "91")]
+        ElectionProclaim(super::ProclaimRequest),
+        #[prost(message, tag = "92")]
+        ElectionResign(super::ResignRequest),
     }
 }
 /// The answer of the operation of the same name.
@@ -7965,7 +7971,7 @@ pub mod txn_op {
 pub struct TxnAnswer {
     #[prost(
         oneof = "txn_answer::Answer",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92"
     )]
     pub answer: ::core::option::Option<txn_answer::Answer>,
 }
@@ -8051,6 +8057,12 @@ pub mod txn_answer {
         JobHeartbeat(super::JobHeartbeatReply),
         #[prost(message, tag = "76")]
         JobCancel(super::MoveReply),
+        #[prost(message, tag = "90")]
+        ElectionCampaign(super::CampaignReply),
+        #[prost(message, tag = "91")]
+        ElectionProclaim(super::ProclaimReply),
+        #[prost(message, tag = "92")]
+        ElectionResign(super::ResignReply),
     }
 }
 /// Generated client implementations.
