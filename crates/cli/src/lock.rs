@@ -16,11 +16,12 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
-use tenure_client::{BootTime, Code, Error, LockGuard, Session};
+use serde_json::{Value, json};
+use tenure_client::{BootTime, Code, Error, LockGuard, LockInfo, LockMode, OnDeadlock, Session};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-use crate::common::{Common, Failure, duration, exit, print_failure};
+use crate::common::{Common, Failure, Output, duration, exit, print_failure, print_table};
 
 /// The longest time that the warden sleeps. Timers stand still while the machine is suspended, so this is how late a kill may be then.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -30,12 +31,16 @@ pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
 /// flags as flock(1), where it has them
 #[derive(Debug, Args)]
 #[command(
-    after_help = "The command's environment: TENURE_LOCK, TENURE_TOKEN, TENURE_SESSION, TENURE_DEADLINE_MS, TENURE_ENDPOINTS,\n\
+    after_help = "The command's environment: TENURE_LOCK, TENURE_TOKEN, TENURE_SLOTS, TENURE_SESSION, TENURE_DEADLINE_MS, TENURE_ENDPOINTS,\n\
 and for scripts written for others: ETCD_LOCK_KEY, ETCD_LOCK_REV, CONSUL_LOCK_HELD.\n\n\
 Exit code: the command's own, or 128 + the signal that ended it; 1 (-E) when the lock is held by another;\n\
 76 (--lost-code) when the lock was lost while the command ran; 69 when no server can be reached; 64 wrong use;\n\
 126, 127 when the command cannot be started.\n\n\
-Example: tenure lock nightly-report --wait 5m -- ./report.sh"
+Without a command: --show tells who holds it, who waits and what happened; --force-release takes it away; --resize changes its permits.\n\n\
+Examples: tenure lock nightly-report --wait 5m -- ./report.sh\n\
+          tenure lock gpu --permits 1 --of 4 -- ./train.sh    ($TENURE_SLOTS says which)\n\
+          tenure lock nightly-report --show\n\
+          tenure lock nightly-report --force-release --token 812 --reason 'its machine burns'"
 )]
 pub(crate) struct LockArgs {
     /// Name of the lock
@@ -57,9 +62,48 @@ pub(crate) struct LockArgs {
     /// Do not wait: fail at once if another holds it
     #[arg(long, short = 'n', visible_alias = "nb")]
     nonblock: bool,
-    /// Hold it beside other readers (not in this version)
+    /// Hold it beside other readers
     #[arg(long, short = 's', conflicts_with = "exclusive")]
     shared: bool,
+    /// Take so many of its permits (needs --of)
+    #[arg(long, value_name = "K", requires = "of", conflicts_with_all = ["shared", "exclusive"])]
+    permits: Option<u32>,
+    /// How many permits the lock has; fixed by the first who asks
+    #[arg(long, value_name = "N", requires = "permits")]
+    of: Option<u32>,
+    /// Be served before all who wait with a lower priority
+    #[arg(long, value_name = "NUMBER", default_value_t = 0, allow_negative_numbers = true, hide_default_value = true)]
+    priority: i32,
+    /// Who asks, for the search for deadlocks and for people [default: this process alone]
+    #[arg(long, value_name = "NAME")]
+    owner: Option<String>,
+    /// If the lock is lost, keep it from everybody but the same --owner for so long, at most 60s
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    lock_delay: Option<Duration>,
+    /// Keep the lock for so long, though the command ends sooner
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    min_hold: Option<Duration>,
+    /// Whose wait ends where owners would wait for one another for ever
+    #[arg(long, value_enum, default_value = "newcomer", value_name = "POLICY")]
+    on_deadlock: Victim,
+    /// Show who holds the lock, who waits, and what happened to it
+    #[arg(long, conflicts_with_all = ["force_release", "resize", "command"])]
+    show: bool,
+    /// Take the lock away from whoever holds it under --token
+    #[arg(long, requires = "token", requires = "reason", conflicts_with_all = ["resize", "command"])]
+    force_release: bool,
+    /// The token of the grant to take away
+    #[arg(long, requires = "force_release")]
+    token: Option<u64>,
+    /// Why it is taken away; kept among the events of the lock
+    #[arg(long, requires = "force_release")]
+    reason: Option<String>,
+    /// Change how many permits the lock has
+    #[arg(long, value_name = "N", conflicts_with = "command")]
+    resize: Option<u32>,
+    /// How to print answers to these
+    #[arg(long, value_enum, default_value = "table", value_name = "FORMAT")]
+    output: Output,
     /// Hold it alone, which is the default
     #[arg(long, short = 'x')]
     exclusive: bool,
@@ -85,8 +129,28 @@ pub(crate) struct LockArgs {
     #[arg(long, hide = true, value_name = "PID")]
     child_of: Option<i32>,
     /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    #[arg(last = true, required_unless_present_any = ["show", "force_release", "resize"], value_name = "COMMAND")]
     command: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Victim {
+    /// The one that asks
+    Newcomer,
+    /// The one with the lowest priority
+    Lowest,
+    /// The one that has held or waited for the shortest time
+    Youngest,
+}
+
+impl Victim {
+    fn policy(self) -> OnDeadlock {
+        match self {
+            Self::Newcomer => OnDeadlock::Newcomer,
+            Self::Lowest => OnDeadlock::LowestPriority,
+            Self::Youngest => OnDeadlock::Youngest,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -117,6 +181,10 @@ pub(crate) async fn run(common: &Common, args: LockArgs) -> anyhow::Result<ExitC
         return Err(become_command(supervisor, &args.command).into());
     }
     check(&args)?;
+    if args.command.is_empty() {
+        administer(common, &args).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
     // Before anything is asked for, so that no signal finds a lock without a supervisor.
     let mut signals = Signals::catch()?;
     let client = common.client()?;
@@ -146,9 +214,13 @@ pub(crate) async fn run(common: &Common, args: LockArgs) -> anyhow::Result<ExitC
 }
 
 fn check(args: &LockArgs) -> Result<(), Failure> {
-    if args.shared {
-        return Err(Failure::usage("shared locks are not in this version of Tenure")
-            .hint("leave -s out to hold the lock alone"));
+    if let (Some(permits), Some(of)) = (args.permits, args.of)
+        && !(1..=of.min(10_000)).contains(&permits)
+    {
+        return Err(Failure::usage("--permits is 1 to --of, and --of is at most 10,000"));
+    }
+    if args.lock_delay.is_some_and(|delay| delay > Duration::from_secs(60)) {
+        return Err(Failure::usage("--lock-delay is at most 60s"));
     }
     if args.name.is_empty() || args.name.len() > 1_024 {
         return Err(Failure::usage("the name of a lock has 1 to 1,024 bytes"));
@@ -166,7 +238,17 @@ fn check(args: &LockArgs) -> Result<(), Failure> {
 }
 
 async fn acquire(session: &Session, args: &LockArgs) -> Result<LockGuard, Failure> {
-    let acquire = session.lock(&args.name);
+    let mut acquire = session.lock(&args.name).priority(args.priority).on_deadlock(args.on_deadlock.policy());
+    if args.shared {
+        acquire = acquire.shared();
+    }
+    if let (Some(permits), Some(of)) = (args.permits, args.of) {
+        acquire = acquire.permits(permits, of);
+    }
+    if let Some(owner) = &args.owner {
+        acquire = acquire.owner(owner);
+    }
+    acquire = acquire.lock_delay(args.lock_delay.unwrap_or_default()).min_hold(args.min_hold.unwrap_or_default());
     let acquire = if args.nonblock || args.wait.is_zero() { acquire } else { acquire.wait(args.wait) };
     acquire.await.map_err(|error| match error.code() {
         Some(Code::Held | Code::TimeoutWaiting) => held(args, &error),
@@ -180,6 +262,133 @@ fn held(args: &LockArgs, error: &Error) -> Failure {
     let who = holder.map(|holder| format!("`tenure session get {}` tells who holds it", holder.session));
     let wait = if args.nonblock { "--wait 30s waits for it" } else { "--wait sets how long to wait" };
     failure.hint(who.map_or_else(|| wait.to_owned(), |who| format!("{who}; {wait}")))
+}
+
+/// What is done with a lock without holding it.
+async fn administer(common: &Common, args: &LockArgs) -> Result<(), Failure> {
+    let client = common.client().map_err(|error| Failure::usage(error.to_string()))?;
+    if let (Some(token), Some(reason)) = (args.token, &args.reason) {
+        let taken = client.force_release(&args.name, token, reason).await?;
+        match args.output {
+            Output::Json => println!("{}", json!({ "name": args.name, "token": token.to_string(), "taken": taken })),
+            Output::Table => println!("took lock `{}` away from {taken} under token {token}", args.name),
+        }
+        return Ok(());
+    }
+    if let Some(permits) = args.resize {
+        let before = client.resize_lock(&args.name, permits).await?;
+        match args.output {
+            Output::Json => println!("{}", json!({ "name": args.name, "of": permits, "before": before })),
+            Output::Table => println!("lock `{}` has {permits} permits, {before} before", args.name),
+        }
+        return Ok(());
+    }
+    let info = client.lock_info(&args.name).await?;
+    match args.output {
+        Output::Json => println!("{}", document(&info)),
+        Output::Table => print_lock(&info),
+    }
+    Ok(())
+}
+
+fn mode_name(mode: LockMode) -> &'static str {
+    match mode {
+        LockMode::Exclusive => "exclusive",
+        LockMode::Shared => "shared",
+        LockMode::Permits => "permits",
+    }
+}
+
+fn print_lock(info: &LockInfo) {
+    let free = if info.permits > 0 {
+        format!(", {} of {} permits free", info.permits_free, info.permits)
+    } else {
+        String::new()
+    };
+    println!("lock `{}`: held by {}{free}, {} waiting", info.name, info.holder_count, info.waiter_count);
+    let holders = info.holders.iter().map(|holder| {
+        let for_ = if holder.kept.is_zero() { seconds(holder.held) } else { format!("kept {}", seconds(holder.kept)) };
+        let slots: Vec<String> = holder.slots.iter().map(u32::to_string).collect();
+        let mode = mode_name(holder.mode).to_owned();
+        let (token, session) = (holder.token.to_string(), holder.session.to_string());
+        let ttl = seconds(holder.remaining);
+        vec![token, mode, slots.join(" "), session, holder.owner.clone(), holder.session_name.clone(), for_, ttl]
+    });
+    let holders: Vec<_> = holders.collect();
+    if !holders.is_empty() {
+        print_table(&["TOKEN", "MODE", "SLOTS", "SESSION", "OWNER", "NAME", "HELD", "TTL LEFT"], &holders);
+    }
+    let waiters = info.waiters.iter().map(|waiter| {
+        let mode = mode_name(waiter.mode).to_owned();
+        let (place, session) = (waiter.position.to_string(), waiter.session.to_string());
+        vec![place, mode, session, waiter.owner.clone(), waiter.priority.to_string(), seconds(waiter.waited)]
+    });
+    let waiters: Vec<_> = waiters.collect();
+    if !waiters.is_empty() {
+        print_table(&["PLACE", "MODE", "SESSION", "OWNER", "PRIORITY", "WAITED"], &waiters);
+    }
+    let events = info.events.iter().map(|event| {
+        let (ago, token, session) = (seconds(event.ago), event.token.to_string(), event.session.to_string());
+        vec![ago, event.kind.clone(), token, session, event.owner.clone(), seconds(event.after), event.detail.clone()]
+    });
+    let events: Vec<_> = events.collect();
+    if !events.is_empty() {
+        print_table(&["AGO", "EVENT", "TOKEN", "SESSION", "OWNER", "AFTER", "DETAIL"], &events);
+    }
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.1}s", time.as_secs_f64())
+}
+
+fn document(info: &LockInfo) -> Value {
+    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let holders = info.holders.iter().map(|holder| {
+        json!({
+            "token": holder.token.to_string(),
+            "session": holder.session.to_string(),
+            "owner": holder.owner,
+            "mode": mode_name(holder.mode),
+            "slots": holder.slots,
+            "depth": holder.depth,
+            "held_ms": ms(holder.held),
+            "kept_ms": ms(holder.kept),
+            "remaining_ms": ms(holder.remaining),
+            "session_name": holder.session_name,
+            "metadata": holder.metadata,
+        })
+    });
+    let waiters = info.waiters.iter().map(|waiter| {
+        json!({
+            "position": waiter.position,
+            "session": waiter.session.to_string(),
+            "owner": waiter.owner,
+            "mode": mode_name(waiter.mode),
+            "priority": waiter.priority,
+            "waited_ms": ms(waiter.waited),
+        })
+    });
+    let events = info.events.iter().map(|event| {
+        json!({
+            "kind": event.kind,
+            "ago_ms": ms(event.ago),
+            "token": event.token.to_string(),
+            "session": event.session.to_string(),
+            "owner": event.owner,
+            "after_ms": ms(event.after),
+            "detail": event.detail,
+        })
+    });
+    json!({
+        "name": info.name,
+        "permits": info.permits,
+        "permits_free": info.permits_free,
+        "holder_count": info.holder_count,
+        "holders": holders.collect::<Vec<_>>(),
+        "waiter_count": info.waiter_count,
+        "waiters": waiters.collect::<Vec<_>>(),
+        "events": events.collect::<Vec<_>>(),
+    })
 }
 
 /// How a command is watched over while a session lives.
@@ -309,9 +518,11 @@ pub(crate) fn tied(words: &[OsString], foreground: bool) -> Result<std::process:
 fn command(common: &Common, args: &LockArgs, guard: &LockGuard) -> Result<std::process::Command, Failure> {
     let mut command = tied(&args.command, args.foreground)?;
     let (name, token) = (guard.name(), guard.token().to_string());
+    let slots = guard.slots().iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
     command
         .env("TENURE_LOCK", name)
         .env("TENURE_TOKEN", &token)
+        .env("TENURE_SLOTS", slots)
         .env("TENURE_SESSION", guard.session().id().to_string())
         .env("TENURE_DEADLINE_MS", guard.deadline().unix_ms().to_string())
         .env("TENURE_ENDPOINTS", common.endpoints.join(","))

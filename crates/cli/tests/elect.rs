@@ -26,7 +26,8 @@ fn leader(server: &Server) -> Value {
 #[test]
 fn a_command_runs_while_elected() {
     let server = Server::start(&[]);
-    let said = tenure(&server.address, &["elect", "e", "--", "sh", "-c", "echo $TENURE_ELECTION $TENURE_TOKEN; exit 7"]);
+    let said =
+        tenure(&server.address, &["elect", "e", "--", "sh", "-c", "echo $TENURE_ELECTION $TENURE_TOKEN; exit 7"]);
     assert_eq!((said.code, said.out.starts_with("e ")), (7, true), "{}{}", said.out, said.err);
     let token: u64 = said.out.trim().trim_start_matches("e ").parse().unwrap();
     assert!(token > 1);

@@ -196,9 +196,6 @@ fn exit_codes_are_the_commands_own_or_of_the_table() {
     assert_eq!(server.tenure(&["lock", "l", "--", "/no/such/command"]).output().unwrap().status.code(), Some(127));
     assert_eq!(server.tenure(&["lock", "l", "--", "/etc/passwd"]).output().unwrap().status.code(), Some(126));
     assert_eq!(server.tenure(&["lock", "l", "echo"]).output().unwrap().status.code(), Some(64));
-    let shared = server.run(&["-s", "l"], "true");
-    assert_eq!(shared.status.code(), Some(64));
-    assert!(text(&shared.stderr).contains("shared locks are not in this version"), "{}", text(&shared.stderr));
     let nobody = server
         .tenure(&["lock", "l", "--endpoints", "127.0.0.1:1", "--command-timeout", "300ms", "--", "true"])
         .output()
@@ -358,4 +355,49 @@ fn the_demo_shows_the_damage_and_the_guard() {
     assert!(shown.contains("of lock `demo/report` is stale"), "{shown}");
     assert!(shown.contains("exit code 76"), "{shown}");
     assert!(shown.contains("careless: written by A\nguarded:  written by B\n"), "{shown}");
+}
+
+#[test]
+fn readers_and_permits_run_beside_one_another_and_are_shown() {
+    let server = Server::start();
+    // Inside a reader another reader runs, and a writer does not.
+    let beside = r#""$TENURE" lock r -s -- true && ! "$TENURE" lock r -n -- true"#;
+    let out = server.run(&["-s", "r"], beside);
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    // Two of two permits have different slots; a third is not to be had, and another number is a mismatch.
+    let inner = r#"echo "in $TENURE_SLOTS"; "$TENURE" lock p -n --permits 1 --of 2 -- true; echo "third $?""#;
+    let script = format!(
+        r#"echo "out $TENURE_SLOTS"; "$TENURE" lock p --permits 1 --of 2 -- sh -c '{inner}'; "$TENURE" lock p -n --permits 1 --of 3 -- true; echo "other $?"; "$TENURE" lock p --show"#
+    );
+    let out = server.run(&["p", "--permits", "1", "--of", "2"], &script);
+    let said = text(&out.stdout);
+    for expected in ["out 0", "in 1", "third 1", "other 15", "held by 1, 1 of 2 permits free", "granted", "released"] {
+        assert!(said.contains(expected), "`{expected}` in {said} {}", text(&out.stderr));
+    }
+    let resized = server.tenure(&["lock", "p", "--resize", "3"]).output().unwrap();
+    assert_eq!(text(&resized.stdout).trim(), "lock `p` has 3 permits, 2 before");
+    let usage = |args: &[&str]| server.tenure(args).output().unwrap().status.code();
+    assert_eq!(usage(&["lock", "p", "--permits", "1", "--", "true"]), Some(64));
+    assert_eq!(usage(&["lock", "p", "--permits", "3", "--of", "2", "--", "true"]), Some(64));
+    assert_eq!(usage(&["lock", "p", "--lock-delay", "61s", "--", "true"]), Some(64));
+    assert_eq!(usage(&["lock", "p", "--force-release"]), Some(64));
+    assert_eq!(usage(&["lock", "p"]), Some(64));
+    assert_eq!(usage(&["lock", "never", "--resize", "3"]), Some(19));
+}
+
+#[test]
+fn an_operator_takes_a_lock_away_and_the_events_say_why() {
+    let server = Server::start();
+    let script = r#""$TENURE" lock l --force-release --token 1 --reason wrong; echo "wrong $?"
+        "$TENURE" lock l --force-release --token "$TENURE_TOKEN" --reason 'its machine burns'; echo "right $?""#;
+    let out = server.run(&["l"], script);
+    let said = text(&out.stdout);
+    assert!(said.contains("wrong 12") && said.contains("right 0"), "{said} {}", text(&out.stderr));
+    assert_eq!(out.status.code(), Some(76), "the lock was lost while the command ran");
+    let shown = server.tenure(&["lock", "l", "--show", "--output", "json"]).output().unwrap();
+    let shown: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+    let kinds: Vec<_> = shown["events"].as_array().unwrap().iter().map(|event| event["kind"].clone()).collect();
+    assert_eq!(kinds, ["granted", "force-released"], "{shown}");
+    assert_eq!(shown["events"][1]["detail"], "its machine burns");
+    assert_eq!(shown["holder_count"], 0);
 }

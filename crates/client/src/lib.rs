@@ -73,7 +73,7 @@ pub use kv::{
     Txn, TxnReply,
 };
 pub use lease::{LeaseState, LeaseTiming, LostReason};
-pub use lock::{Acquire, LockGuard, LockHolder, LockInfo, LockWaiter};
+pub use lock::{Acquire, LockEvent, LockGuard, LockHolder, LockInfo, LockMode, LockWaiter, OnDeadlock};
 pub use once::{
     Claim, ClaimMarker, Claimed, Marker, MarkerEvent, MarkerName, MarkerState, OnDeath, Once, OnceMark, OnceRan,
     PutOnce, Retention,

@@ -1,4 +1,4 @@
-//! Locks: one owner per name, under a session, with a fencing token.
+//! Locks: exclusive, shared or by permits, one or several at once, under a session, with a fencing token.
 //!
 //! Promises. A guard exists only for a grant that the service told. Whoever stops waiting (by dropping the future or by running out of
 //! time) is taken out of the queue, and a grant that came first is given back, so no grant stays unnoticed under a living session.
@@ -46,31 +46,96 @@ impl Session {
     /// ```
     #[must_use = "nothing is asked for before .await"]
     pub fn lock(&self, name: impl Into<String>) -> Acquire<'_> {
-        Acquire { session: self, name: name.into(), wait: None, owner: None }
+        Acquire { session: self, names: vec![name.into()], many: false, ask: Ask::default() }
     }
+
+    /// Asks for several locks, which are granted together or not at all; waiting for them holds none, so that no order of names can deadlock.
+    ///
+    /// ```no_run
+    /// # async fn example(session: tenure_client::Session) -> Result<(), tenure_client::Error> {
+    /// use std::time::Duration;
+    /// let both = session.acquire_many(["accounts/1", "accounts/2"]).wait(Duration::from_secs(10)).await?;
+    /// println!("both are held under token {}", both.token());
+    /// both.release().await
+    /// # }
+    /// ```
+    #[must_use = "nothing is asked for before .await"]
+    pub fn acquire_many<N: Into<String>>(&self, names: impl IntoIterator<Item = N>) -> Acquire<'_> {
+        let names = names.into_iter().map(Into::into).collect();
+        Acquire { session: self, names, many: true, ask: Ask::default() }
+    }
+}
+
+/// How a lock is held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LockMode {
+    /// Alone.
+    #[default]
+    Exclusive,
+    /// Beside other readers.
+    Shared,
+    /// Some of a number of permits.
+    Permits,
+}
+
+impl LockMode {
+    fn of_wire(mode: i32) -> Self {
+        match v1::LockMode::try_from(mode) {
+            Ok(v1::LockMode::Shared) => Self::Shared,
+            Ok(v1::LockMode::Permits) => Self::Permits,
+            _ => Self::Exclusive,
+        }
+    }
+}
+
+/// Whose wait ends where a wait would close a cycle of owners that wait for one another; see [`Acquire::on_deadlock`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnDeadlock {
+    /// That of whoever asks: least work is lost.
+    #[default]
+    Newcomer,
+    /// Of those in the cycle the one with the lowest priority.
+    LowestPriority,
+    /// Of those in the cycle the one that has held, or waited, for the shortest time.
+    Youngest,
+}
+
+/// What is asked beside the names.
+#[derive(Clone, Debug, Default)]
+struct Ask {
+    wait: Option<Option<Duration>>,
+    owner: Option<String>,
+    mode: LockMode,
+    permits: u32,
+    of: u32,
+    priority: i32,
+    reentrant: bool,
+    lock_delay: Duration,
+    min_hold: Duration,
+    on_deadlock: OnDeadlock,
 }
 
 /// A lock to be acquired; see [`Session::lock`].
 #[derive(Clone, Debug)]
 pub struct Acquire<'a> {
     session: &'a Session,
-    name: String,
-    wait: Option<Option<Duration>>,
-    owner: Option<String>,
+    names: Vec<String>,
+    many: bool,
+    ask: Ask,
 }
 
 impl<'a> Acquire<'a> {
     /// Waits in the queue, at most this long.
     #[must_use]
     pub fn wait(mut self, wait: Duration) -> Self {
-        self.wait = Some(Some(wait));
+        self.ask.wait = Some(Some(wait));
         self
     }
 
     /// Waits in the queue as long as the session lives.
     #[must_use]
     pub fn wait_for_ever(mut self) -> Self {
-        self.wait = Some(None);
+        self.ask.wait = Some(None);
         self
     }
 
@@ -78,7 +143,68 @@ impl<'a> Acquire<'a> {
     /// under one session exclude each other.
     #[must_use]
     pub fn owner(mut self, owner: impl Into<String>) -> Self {
-        self.owner = Some(owner.into());
+        self.ask.owner = Some(owner.into());
+        self
+    }
+
+    /// Holds it beside other readers. Readers that come after a waiting writer wait behind it.
+    ///
+    /// A guard at a resource must compare the tokens of readers and not raise its mark by them.
+    #[must_use]
+    pub fn shared(mut self) -> Self {
+        self.ask.mode = LockMode::Shared;
+        self
+    }
+
+    /// Takes `count` of the `of` permits of the lock. The first who asks fixes how many there are; another number is refused as
+    /// [`Code::Mismatch`]. The guard tells its [`slots`](LockGuard::slots).
+    ///
+    /// ```no_run
+    /// # async fn example(session: tenure_client::Session) -> Result<(), tenure_client::Error> {
+    /// let permit = session.lock("gpu").permits(1, 4).wait_for_ever().await?;
+    /// println!("card {} is ours under token {}", permit.slots()[0], permit.token());
+    /// permit.release().await
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn permits(mut self, count: u32, of: u32) -> Self {
+        (self.ask.mode, self.ask.permits, self.ask.of) = (LockMode::Permits, count, of);
+        self
+    }
+
+    /// Is served before all who wait with a lower priority; 0 unless told otherwise.
+    #[must_use]
+    pub fn priority(mut self, priority: i32) -> Self {
+        self.ask.priority = priority;
+        self
+    }
+
+    /// If this [`owner`](Acquire::owner) holds it already, holds it once more under the same token. Each guard is released for itself.
+    #[must_use]
+    pub fn reentrant(mut self) -> Self {
+        self.ask.reentrant = true;
+        self
+    }
+
+    /// If it is lost (and not released), keeps it from everybody but the same owner for so long, at most a minute. For resources that do not
+    /// check tokens.
+    #[must_use]
+    pub fn lock_delay(mut self, delay: Duration) -> Self {
+        self.ask.lock_delay = delay;
+        self
+    }
+
+    /// Keeps it from everybody for so long after the grant, though it is released sooner.
+    #[must_use]
+    pub fn min_hold(mut self, least: Duration) -> Self {
+        self.ask.min_hold = least;
+        self
+    }
+
+    /// Whose wait ends if this one would never end.
+    #[must_use]
+    pub fn on_deadlock(mut self, policy: OnDeadlock) -> Self {
+        self.ask.on_deadlock = policy;
         self
     }
 
@@ -86,30 +212,73 @@ impl<'a> Acquire<'a> {
         let session = self.session.clone();
         session.check()?;
         let named = session.next_request().ok_or_else(too_many_open)?;
-        let owner = self
+        let ask = self.ask;
+        let owner = ask
             .owner
             .unwrap_or_else(|| format!("{:x}-{:02x}{:02x}", session.id(), named.meta_seq(), requests::jitter()));
-        let wait = self.wait.map(|wait| match wait {
-            Some(wait) => Wait::WaitMs(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
-            None => Wait::Forever(true),
-        });
-        let request = v1::LockAcquireRequest {
-            name: self.name.clone(),
-            session: session.id(),
-            owner_id: owner,
-            wait,
-            namespace: session.client().namespace(),
-            request: Some(named.meta()),
-            ..Default::default()
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let on_deadlock = match ask.on_deadlock {
+            OnDeadlock::Newcomer => v1::OnDeadlock::Newcomer,
+            OnDeadlock::LowestPriority => v1::OnDeadlock::LowestPriority,
+            OnDeadlock::Youngest => v1::OnDeadlock::Youngest,
         };
+        let mode: i32 = match ask.mode {
+            LockMode::Exclusive => v1::LockMode::Exclusive,
+            LockMode::Shared => v1::LockMode::Shared,
+            LockMode::Permits => v1::LockMode::Permits,
+        }
+        .into();
+        let first = self.names.first().cloned().unwrap_or_default();
+        let request = if self.many {
+            use v1::lock_acquire_many_request::Wait;
+            let item = |name: &String| v1::LockItem { name: name.clone(), mode, permits: ask.permits, of: ask.of };
+            Wanted::Many(v1::LockAcquireManyRequest {
+                locks: self.names.iter().map(item).collect(),
+                session: session.id(),
+                owner_id: owner.clone(),
+                wait: ask.wait.map(|wait| wait.map_or(Wait::Forever(true), |wait| Wait::WaitMs(ms(wait)))),
+                priority: ask.priority,
+                lock_delay_ms: ms(ask.lock_delay),
+                min_hold_ms: ms(ask.min_hold),
+                on_deadlock: on_deadlock.into(),
+                namespace: session.client().namespace(),
+                request: Some(named.meta()),
+                ..Default::default()
+            })
+        } else {
+            Wanted::One(v1::LockAcquireRequest {
+                name: first.clone(),
+                session: session.id(),
+                owner_id: owner.clone(),
+                wait: ask.wait.map(|wait| wait.map_or(Wait::Forever(true), |wait| Wait::WaitMs(ms(wait)))),
+                mode,
+                permits: ask.permits,
+                of: ask.of,
+                priority: ask.priority,
+                reentrant: ask.reentrant,
+                lock_delay_ms: ms(ask.lock_delay),
+                min_hold_ms: ms(ask.min_hold),
+                on_deadlock: on_deadlock.into(),
+                namespace: session.client().namespace(),
+                request: Some(named.meta()),
+                ..Default::default()
+            })
+        };
+        // An exclusive grant is named by its token alone.
+        let release_as = if ask.mode == LockMode::Exclusive { String::new() } else { owner.clone() };
+        let place = Place { names: self.names, owner, release_as, acquire: named.meta() };
         let (answer, outcome) = oneshot::channel();
         // A task of its own, so that dropping this future does not drop the duty to give a late grant back.
-        tokio::spawn(acquire(Arc::clone(session.core()), request, named, self.wait, answer));
+        tokio::spawn(acquire(Arc::clone(session.core()), request, place.clone(), named, ask.wait, answer));
         let grant =
             outcome.await.unwrap_or_else(|_| Err(Error::Protocol("the task of the acquire ended early".to_owned())))?;
         let guard = LockGuard {
             session,
-            name: self.name,
+            name: first,
+            names: place.names,
+            release_as: place.release_as,
+            slots: grant.slots,
+            depth: grant.depth,
             token: grant.token,
             waited: Duration::from_millis(grant.waited_ms),
             released: false,
@@ -144,12 +313,12 @@ type Answer = oneshot::Sender<Result<v1::LockAcquireReply, Error>>;
 /// Carries an acquire through, whether or not its caller stays.
 async fn acquire(
     core: Arc<Core>,
-    request: v1::LockAcquireRequest,
-    named: NamedRequest,
+    request: Wanted,
+    wait_place: Place,
+    _named: NamedRequest,
     wait: Option<Option<Duration>>,
     mut answer: Answer,
 ) {
-    let wait_place = Place { name: request.name.clone(), acquire: named.meta() };
     let mut plan = core.client.plan("acquire lock", true);
     if let Some(wait) = wait {
         // The service counts the wait; the client adds its usual patience for the answer.
@@ -168,24 +337,61 @@ async fn acquire(
     let unknown = matches!(&result, Err(error) if error.outcome() == Outcome::Unknown);
     if let Err(Ok(unheard)) = answer.send(result) {
         // The caller left in the very moment of the grant.
-        return give_back(&core, &wait_place.name, unheard.token).await;
+        return give_back(&core, &wait_place, unheard.token).await;
     }
     if unknown {
         give_up(&core, &wait_place, None::<std::future::Pending<_>>).await;
     }
 }
 
-async fn grant(client: &Client, plan: Plan, request: v1::LockAcquireRequest) -> Result<v1::LockAcquireReply, Error> {
+async fn grant(client: &Client, plan: Plan, request: Wanted) -> Result<v1::LockAcquireReply, Error> {
+    let request = match request {
+        Wanted::Many(request) => return grant_many(client, plan, &request).await,
+        Wanted::One(request) => request,
+    };
     match client.call(plan, Call::LockAcquire(request)).await? {
         Reply::LockAcquire(reply) => Ok(reply),
         _ => Err(mismatched("acquire lock")),
     }
 }
 
-/// A place in the queue of a lock.
+async fn grant_many(
+    client: &Client,
+    plan: Plan,
+    request: &v1::LockAcquireManyRequest,
+) -> Result<v1::LockAcquireReply, Error> {
+    let reply: v1::LockAcquireManyReply = client.unary(plan, "/tenure.v1.Locks/AcquireMany", request).await?;
+    Ok(v1::LockAcquireReply {
+        token: reply.token,
+        session: reply.session,
+        waited_ms: reply.waited_ms,
+        slots: reply.locks.into_iter().flat_map(|lock| lock.slots).collect(),
+        depth: 1,
+        ..Default::default()
+    })
+}
+
+/// An acquire of one lock or of several.
+enum Wanted {
+    One(v1::LockAcquireRequest),
+    Many(v1::LockAcquireManyRequest),
+}
+
+/// A place in the queues of some locks.
+#[derive(Clone)]
 struct Place {
-    name: String,
+    names: Vec<String>,
+    owner: String,
+    /// Tells apart what one commit granted to one session.
+    release_as: String,
     acquire: v1::RequestMeta,
+}
+
+impl Place {
+    /// Every name finds it.
+    fn name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
 }
 
 /// Cancels until told that the place is gone, or that the grant came first, which is then given back; or until the session is over.
@@ -200,7 +406,7 @@ where
             result = cancel(core, place) => result,
             // The acquire itself was answered first.
             Some(result) = async { Some(call.as_mut()?.await) } => match result {
-                Ok(grant) => return give_back(core, &place.name, grant.token).await,
+                Ok(grant) => return give_back(core, place, grant.token).await,
                 Err(error) if error.outcome() == Outcome::NotApplied => return,
                 Err(_) => {
                     call = None;
@@ -211,11 +417,11 @@ where
         };
         match result {
             Ok(None) => return,
-            Ok(Some(token)) => return give_back(core, &place.name, token).await,
+            Ok(Some(token)) => return give_back(core, place, token).await,
             Err(error) if error.code() == Some(Code::SessionExpired) => return,
             Err(error) if error.code() == Some(Code::NotFound) && not_found > 0 => return,
             Err(error) if error.code() == Some(Code::NotFound) => not_found += 1,
-            Err(error) => tracing::debug!(lock = place.name, %error, "the wait is not cancelled yet"),
+            Err(error) => tracing::debug!(lock = place.name(), %error, "the wait is not cancelled yet"),
         }
         sleep(Duration::from_millis(300)).await;
     }
@@ -224,9 +430,10 @@ where
 /// One cancel; gives the token if the grant came first.
 async fn cancel(core: &Core, place: &Place) -> Result<Option<u64>, Error> {
     let request = v1::LockCancelRequest {
-        name: place.name.clone(),
+        name: place.name().to_owned(),
         session: core.id,
         acquire: Some(place.acquire.clone()),
+        owner_id: place.owner.clone(),
         namespace: core.client.namespace(),
         request: Some(one_shot()?),
     };
@@ -239,17 +446,27 @@ async fn cancel(core: &Core, place: &Place) -> Result<Option<u64>, Error> {
     }
 }
 
-async fn give_back(core: &Core, name: &str, token: u64) {
-    if let Err(error) = release(core, name, token).await {
-        tracing::debug!(lock = name, token, %error, "an unwanted grant was left to the ttl of its session");
+async fn give_back(core: &Core, place: &Place, token: u64) {
+    if let Err(error) = release(core, &place.names, &place.release_as, token).await {
+        tracing::debug!(lock = place.name(), token, %error, "an unwanted grant was left to the ttl of its session");
     }
 }
 
-async fn release(core: &Core, name: &str, token: u64) -> Result<(), Error> {
+/// Gives every name back; the first refusal is told when all have been tried.
+async fn release(core: &Core, names: &[String], owner: &str, token: u64) -> Result<(), Error> {
+    let mut result = Ok(());
+    for name in names {
+        result = result.and(release_one(core, name, owner, token).await);
+    }
+    result
+}
+
+async fn release_one(core: &Core, name: &str, owner: &str, token: u64) -> Result<(), Error> {
     let request = v1::LockReleaseRequest {
         name: name.to_owned(),
         session: core.id,
         token,
+        owner_id: owner.to_owned(),
         namespace: core.client.namespace(),
         request: Some(one_shot()?),
     };
@@ -266,6 +483,10 @@ async fn release(core: &Core, name: &str, token: u64) -> Result<(), Error> {
 pub struct LockGuard {
     session: Session,
     name: String,
+    names: Vec<String>,
+    release_as: String,
+    slots: Vec<u32>,
+    depth: u32,
     token: u64,
     waited: Duration,
     released: bool,
@@ -286,6 +507,24 @@ impl LockGuard {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// All names that it holds, where several were asked for at once.
+    #[must_use]
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The places of its permits, from 0. Each is a resource of its own for a guard: `name/slot`.
+    #[must_use]
+    pub fn slots(&self) -> &[u32] {
+        &self.slots
+    }
+
+    /// How often the owner held it when this guard was made, this one included.
+    #[must_use]
+    pub fn depth(&self) -> u32 {
+        self.depth
     }
 
     /// The fencing token: larger than that of every earlier grant of this name. Give it to the resource with each write.
@@ -339,7 +578,7 @@ impl LockGuard {
     pub async fn release(mut self) -> Result<(), Error> {
         self.released = true;
         self.check()?;
-        release(self.session.core(), &self.name, self.token).await
+        release(self.session.core(), &self.names, &self.release_as, self.token).await
     }
 }
 
@@ -350,8 +589,10 @@ impl Drop for LockGuard {
         }
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             // The clone keeps the session from being ended before the release is through.
-            let (session, name, token) = (self.session.clone(), std::mem::take(&mut self.name), self.token);
-            runtime.spawn(async move { give_back(session.core(), &name, token).await });
+            let (session, token) = (self.session.clone(), self.token);
+            let (names, release_as) = (std::mem::take(&mut self.names), std::mem::take(&mut self.release_as));
+            let place = Place { names, owner: String::new(), release_as, acquire: v1::RequestMeta::default() };
+            runtime.spawn(async move { give_back(session.core(), &place, token).await });
         }
     }
 }
@@ -361,12 +602,41 @@ impl Drop for LockGuard {
 pub struct LockInfo {
     /// The name.
     pub name: String,
-    /// Who holds it; `None` when it is free.
+    /// The first who holds it; `None` when it is free.
     pub holder: Option<LockHolder>,
+    /// All who hold it, at most a thousand, and what a delay keeps from others.
+    pub holders: Vec<LockHolder>,
+    /// How many hold it in all.
+    pub holder_count: u64,
+    /// How many permits there are; 0 for a lock without.
+    pub permits: u32,
+    /// How many of them are free.
+    pub permits_free: u32,
     /// The first of those who wait, in order.
     pub waiters: Vec<LockWaiter>,
     /// How many wait in all.
     pub waiter_count: u64,
+    /// What happened to it lately, oldest first.
+    pub events: Vec<LockEvent>,
+}
+
+/// Something that happened to a lock.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LockEvent {
+    /// `granted`, `released`, `lost`, `force-released`, `timed-out`, `cancelled`, `deadlock`, `delay-over` or `resized`; others may come.
+    pub kind: String,
+    /// How long ago.
+    pub ago: Duration,
+    /// The token of the grant.
+    pub token: u64,
+    /// The session.
+    pub session: u64,
+    /// The owner as it named itself.
+    pub owner: String,
+    /// How long it was held or waited for.
+    pub after: Duration,
+    /// Who did it and why, for what an operator did.
+    pub detail: String,
 }
 
 /// Who holds a lock.
@@ -386,6 +656,14 @@ pub struct LockHolder {
     pub session_name: String,
     /// What the session's maker said about itself.
     pub metadata: BTreeMap<String, String>,
+    /// How it is held.
+    pub mode: LockMode,
+    /// The places of its permits.
+    pub slots: Vec<u32>,
+    /// How often it must be released; 0: it is over and only kept from others.
+    pub depth: u32,
+    /// How much longer it is kept from others.
+    pub kept: Duration,
 }
 
 /// Who waits for a lock.
@@ -399,6 +677,10 @@ pub struct LockWaiter {
     pub owner: String,
     /// How long it has waited.
     pub waited: Duration,
+    /// How it wants it.
+    pub mode: LockMode,
+    /// Its priority.
+    pub priority: i32,
 }
 
 impl Client {
@@ -416,15 +698,81 @@ impl Client {
             .await?;
         Ok(reply.lock.map(LockInfo::from).unwrap_or_default())
     }
+
+    /// Takes a lock away from whoever holds it under this token, for a reason that is kept among its events. Gives how many grants that were.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tenure_client::Client) -> Result<(), tenure_client::Error> {
+    /// if let Some(holder) = client.lock_info("reports/nightly").await?.holder {
+    ///     client.force_release("reports/nightly", holder.token, "its machine burns").await?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Code::Fenced`] if another token is current, or none.
+    pub async fn force_release(
+        &self,
+        name: impl Into<String>,
+        token: u64,
+        reason: impl Into<String>,
+    ) -> Result<u32, Error> {
+        let request = v1::LockForceReleaseRequest {
+            name: name.into(),
+            expected_token: token,
+            reason: reason.into(),
+            session: 0,
+            namespace: self.namespace(),
+            request: Some(one_shot()?),
+        };
+        let plan = self.plan("force release", true);
+        let reply: v1::LockForceReleaseReply = self.unary(plan, "/tenure.v1.Locks/ForceRelease", &request).await?;
+        Ok(reply.taken)
+    }
+
+    /// Changes how many permits a lock has, and gives how many it had.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`] if nobody has taken a permit of it lately, [`Code::Mismatch`] if it has none.
+    pub async fn resize_lock(&self, name: impl Into<String>, permits: u32) -> Result<u32, Error> {
+        let request = v1::LockResizeRequest {
+            name: name.into(),
+            of: permits,
+            namespace: self.namespace(),
+            request: Some(one_shot()?),
+        };
+        let plan = self.plan("resize lock", true);
+        let reply: v1::LockResizeReply = self.unary(plan, "/tenure.v1.Locks/Resize", &request).await?;
+        Ok(reply.before)
+    }
 }
 
 impl From<v1::Lock> for LockInfo {
     fn from(lock: v1::Lock) -> Self {
         Self {
             name: lock.name,
-            holder: lock.holders.into_iter().next().map(LockHolder::from),
+            holder: lock.holders.iter().find(|holder| holder.kept_ms == 0).cloned().map(LockHolder::from),
+            holders: lock.holders.into_iter().map(LockHolder::from).collect(),
+            holder_count: lock.holder_count,
+            permits: lock.permits,
+            permits_free: lock.permits_free,
             waiters: lock.waiters.into_iter().map(LockWaiter::from).collect(),
             waiter_count: lock.waiter_count,
+            events: lock.events.into_iter().map(LockEvent::from).collect(),
+        }
+    }
+}
+
+impl From<v1::LockEvent> for LockEvent {
+    fn from(event: v1::LockEvent) -> Self {
+        Self {
+            kind: event.kind,
+            ago: Duration::from_millis(event.ago_ms),
+            token: event.token,
+            session: event.session,
+            owner: event.owner_id,
+            after: Duration::from_millis(event.after_ms),
+            detail: event.detail,
         }
     }
 }
@@ -439,6 +787,10 @@ impl From<v1::LockHolder> for LockHolder {
             remaining: Duration::from_millis(holder.remaining_ms),
             session_name: holder.session_name,
             metadata: holder.metadata,
+            mode: LockMode::of_wire(holder.mode),
+            slots: holder.slots,
+            depth: holder.depth,
+            kept: Duration::from_millis(holder.kept_ms),
         }
     }
 }
@@ -450,6 +802,8 @@ impl From<v1::LockWaiter> for LockWaiter {
             session: waiter.session,
             owner: waiter.owner_id,
             waited: Duration::from_millis(waiter.waited_ms),
+            mode: LockMode::of_wire(waiter.mode),
+            priority: waiter.priority,
         }
     }
 }

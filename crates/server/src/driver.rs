@@ -19,8 +19,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tenure_machine::{
-    Counts, Key, Machine, MemberId, Memory, OpReply, Range, RangeReply, Record, Rejection, Reply, Revision, SessionId,
-    SessionToken, Span, Ticket, Txn, TxnReply,
+    Counts, Key, LockCounts, LockReply, Machine, MemberId, Memory, NativeReply, OpReply, Range, RangeReply, Record,
+    Rejection, Reply, Revision, SessionId, SessionToken, Span, Ticket, Txn, TxnReply,
 };
 use tenure_replica::{Alarm, Answer, Effects, Job, JobDone, Lane, Member, Millis, Refusal, Renewal, Status, run_job};
 use tokio::sync::oneshot;
@@ -228,6 +228,7 @@ pub(crate) struct DriverFacts {
 pub(crate) struct Figures {
     pub(crate) status: Option<Status>,
     pub(crate) counts: Counts,
+    pub(crate) lock_counts: LockCounts,
     pub(crate) memory: Memory,
     pub(crate) revision: u64,
     pub(crate) compacted: u64,
@@ -984,6 +985,7 @@ impl Loop {
         let figures = Figures {
             status: Some(status),
             counts: machine.counts(),
+            lock_counts: machine.lock_counts(),
             memory: machine.memory(),
             revision: machine.revision().0,
             compacted: machine.compacted().0,
@@ -1130,6 +1132,10 @@ impl Loop {
             Answer::Done(reply) => {
                 let held = reply.result.as_ref().ok().and_then(|result| match result.results.first() {
                     Some(OpReply::LockGranted(grant)) => Some(grant.session),
+                    Some(OpReply::Native(reply)) => match &**reply {
+                        NativeReply::Lock(LockReply::Granted(grant)) => Some(grant.session),
+                        _ => None,
+                    },
                     Some(OpReply::SessionCreated { id, .. }) => Some(*id),
                     Some(OpReply::Native(reply)) => reply.session(),
                     _ => None,

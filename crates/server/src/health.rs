@@ -254,6 +254,11 @@ fn storage(out: &mut Exposition, figures: &Figures) {
     out.gauge("tenure_sessions", "Live sessions and leases.", &[], counts.sessions as f64);
     out.gauge("tenure_locks_held", "Held locks.", &[], counts.locks_held as f64);
     out.gauge("tenure_lock_waiters", "Waiters of all locks.", &[], counts.waiters as f64);
+    let locks = &figures.lock_counts;
+    let help = "Waits for locks that would never have ended.";
+    out.counter("tenure_lock_deadlocks_total", help, &[], locks.deadlocks as f64);
+    let help = "Searches for deadlocks that found too much to look at.";
+    out.counter("tenure_lock_deadlock_searches_given_up_total", help, &[], locks.searches_given_up as f64);
     out.gauge("tenure_remembered_requests", "Requests whose answers are remembered.", &[], counts.requests as f64);
     out.gauge("tenure_log_segments", "Files of the log.", &[], status.log_segments as f64);
     out.gauge("tenure_snapshot_index", "Log index of the newest snapshot.", &[], status.snapshot_index as f64);

@@ -321,7 +321,13 @@ impl Finish {
             (Self::Acquire(acquired), OpReply::LockGranted(grant)) => {
                 Ok(Answer::LockAcquire(acquired.answer(header, &grant, remaining_ms)))
             }
-            (Self::Release, OpReply::LockReleased) => Ok(Answer::LockRelease(v1::LockReleaseReply { header })),
+            (Self::Acquire(acquired), OpReply::Native(reply)) => {
+                acquired.granted(context, header, &reply, remaining_ms)
+            }
+            (Self::Release, OpReply::LockReleased) => {
+                Ok(Answer::LockRelease(v1::LockReleaseReply { header, depth: 0 }))
+            }
+            (Self::Release, OpReply::Native(reply)) => locks::released(header, &reply),
             (Self::SessionCreate, OpReply::SessionCreated { id, token, ttl_ms }) => {
                 let answer =
                     v1::SessionCreateReply { header, id: id.0, token, ttl_ms, remaining_ms: remaining_ms.min(ttl_ms) };

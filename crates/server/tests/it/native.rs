@@ -360,3 +360,74 @@ async fn growth_is_refused_when_memory_is_full() {
     kv.delete(v1::DeleteRequest { key: "k".to_owned(), prefix: true, ..Default::default() }).await.unwrap();
     fixture.server.stop().await;
 }
+
+#[tokio::test]
+async fn a_cancel_tells_only_the_grant_of_its_owner() {
+    let fixture = Fixture::start().await;
+    let channel = fixture.channel().await;
+    let (mut locks, mut sessions) = (LocksClient::new(channel.clone()), SessionsClient::new(channel));
+    let session = session(&mut sessions).await;
+    let held = v1::LockAcquireRequest { owner_id: "a".to_owned(), ..acquire("l", session) };
+    let held = locks.acquire(held).await.unwrap().into_inner();
+    let cancel = |owner: &str| v1::LockCancelRequest {
+        name: "l".to_owned(),
+        session,
+        owner_id: owner.to_owned(),
+        ..Default::default()
+    };
+    assert_eq!(error(&locks.cancel(cancel("b")).await.unwrap_err()).code, "NOT_FOUND");
+    let told = locks.cancel(cancel("a")).await.unwrap().into_inner().result;
+    let Some(v1::lock_cancel_reply::Result::Granted(grant)) = told else { panic!("{told:?}") };
+    assert_eq!(grant.token, held.token);
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_an_acquire_is_named() {
+    let fixture = Fixture::start().await;
+    let channel = fixture.channel().await;
+    let (mut locks, mut sessions) = (LocksClient::new(channel.clone()), SessionsClient::new(channel));
+    let session = session(&mut sessions).await;
+    let permits = i32::from(v1::LockMode::Permits);
+    let wrong = [
+        ("mode", v1::LockAcquireRequest { mode: 9, ..acquire("l", session) }),
+        ("of", v1::LockAcquireRequest { mode: permits, permits: 1, ..acquire("l", session) }),
+        ("of", v1::LockAcquireRequest { mode: permits, permits: 1, of: 10_001, ..acquire("l", session) }),
+        ("permits", v1::LockAcquireRequest { mode: permits, of: 2, ..acquire("l", session) }),
+        ("permits", v1::LockAcquireRequest { mode: permits, permits: 3, of: 2, ..acquire("l", session) }),
+        ("permits", v1::LockAcquireRequest { permits: 3, of: 5, ..acquire("l", session) }),
+        ("lock_delay_ms", v1::LockAcquireRequest { lock_delay_ms: 60_001, ..acquire("l", session) }),
+        ("min_hold_ms", v1::LockAcquireRequest { min_hold_ms: 86_400_001, ..acquire("l", session) }),
+        ("on_deadlock", v1::LockAcquireRequest { on_deadlock: 7, ..acquire("l", session) }),
+        ("session", acquire("l", 0)),
+    ];
+    for (field, request) in wrong {
+        let status = locks.acquire(request.clone()).await.unwrap_err();
+        let refused = error(&status);
+        assert_eq!((&refused.code[..], &refused.facts["field"][..]), ("INVALID", field), "{request:?}");
+    }
+    let many = |names: &[&str]| v1::LockAcquireManyRequest {
+        locks: names.iter().map(|name| v1::LockItem { name: (*name).to_owned(), ..Default::default() }).collect(),
+        session,
+        ..Default::default()
+    };
+    for names in [&[][..], &["a", "a"], &["a", ""], &["x"; 65]] {
+        assert_eq!(error(&locks.acquire_many(many(names)).await.unwrap_err()).code, "INVALID", "{names:?}");
+    }
+    let both = locks.acquire_many(many(&["b", "a"])).await.unwrap().into_inner();
+    assert_eq!(both.locks.iter().map(|lock| &lock.name[..]).collect::<Vec<_>>(), ["a", "b"]);
+    assert_eq!(error(&locks.acquire_many(many(&["b", "c"])).await.unwrap_err()).code, "DEADLOCK");
+    let force = |token: u64, reason: &str| v1::LockForceReleaseRequest {
+        name: "a".to_owned(),
+        expected_token: token,
+        reason: reason.to_owned(),
+        ..Default::default()
+    };
+    assert_eq!(error(&locks.force_release(force(0, "r")).await.unwrap_err()).code, "INVALID");
+    assert_eq!(error(&locks.force_release(force(both.token, "")).await.unwrap_err()).code, "INVALID");
+    assert_eq!(error(&locks.force_release(force(both.token + 1, "r")).await.unwrap_err()).code, "FENCED");
+    assert_eq!(locks.force_release(force(both.token, "r")).await.unwrap().into_inner().taken, 1);
+    let resize = |name: &str, of| v1::LockResizeRequest { name: name.to_owned(), of, ..Default::default() };
+    assert_eq!(error(&locks.resize(resize("b", 0)).await.unwrap_err()).code, "INVALID");
+    assert_eq!(error(&locks.resize(resize("b", 3)).await.unwrap_err()).code, "MISMATCH");
+    assert_eq!(error(&locks.resize(resize("never", 3)).await.unwrap_err()).code, "NOT_FOUND");
+}

@@ -2516,6 +2516,27 @@ pub struct LockAcquireRequest {
     /// several waits of a session.
     #[prost(message, optional, tag = "15")]
     pub request: ::core::option::Option<RequestMeta>,
+    /// PERMITS: how many, and how many the lock has (1 to 10,000): fixed by the first who asks, another number is MISMATCH. A lock of permits that
+    /// nobody holds for seven days is forgotten with its number.
+    #[prost(uint32, tag = "10")]
+    pub permits: u32,
+    #[prost(uint32, tag = "11")]
+    pub of: u32,
+    /// Higher ones are served first; 0 is the order of arrival among equals.
+    #[prost(int32, tag = "12")]
+    pub priority: i32,
+    /// The same owner may take it again under the same token, up to 64 times, and releases it as often. Otherwise that is DEADLOCK.
+    #[prost(bool, tag = "13")]
+    pub reentrant: bool,
+    /// When it is lost with its session or taken by an operator, keep it from others for so long, but not from the same owner; at most 60,000.
+    /// For resources that do not check tokens; where they do, this only makes others wait.
+    #[prost(uint64, tag = "16")]
+    pub lock_delay_ms: u64,
+    /// Keep it from everybody for so long after the grant, though it was released sooner; at most 86,400,000.
+    #[prost(uint64, tag = "17")]
+    pub min_hold_ms: u64,
+    #[prost(enumeration = "OnDeadlock", tag = "18")]
+    pub on_deadlock: i32,
     /// Neither: do not wait.
     #[prost(oneof = "lock_acquire_request::Wait", tags = "5, 6")]
     pub wait: ::core::option::Option<lock_acquire_request::Wait>,
@@ -2533,7 +2554,138 @@ pub mod lock_acquire_request {
         Forever(bool),
     }
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LockAcquireManyRequest {
+    /// 1 to 64, each name once.
+    #[prost(message, repeated, tag = "1")]
+    pub locks: ::prost::alloc::vec::Vec<LockItem>,
+    /// The others are as in LockAcquireRequest.
+    #[prost(uint64, tag = "2")]
+    pub session: u64,
+    #[prost(string, tag = "4")]
+    pub owner_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "7")]
+    pub ttl_ms: u64,
+    #[prost(string, tag = "8")]
+    pub session_name: ::prost::alloc::string::String,
+    #[prost(btree_map = "string, string", tag = "9")]
+    pub session_metadata: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(int32, tag = "12")]
+    pub priority: i32,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+    #[prost(uint64, tag = "16")]
+    pub lock_delay_ms: u64,
+    #[prost(uint64, tag = "17")]
+    pub min_hold_ms: u64,
+    #[prost(enumeration = "OnDeadlock", tag = "18")]
+    pub on_deadlock: i32,
+    #[prost(oneof = "lock_acquire_many_request::Wait", tags = "5, 6")]
+    pub wait: ::core::option::Option<lock_acquire_many_request::Wait>,
+}
+/// Nested message and enum types in `LockAcquireManyRequest`.
+pub mod lock_acquire_many_request {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Wait {
+        #[prost(uint64, tag = "5")]
+        WaitMs(u64),
+        #[prost(bool, tag = "6")]
+        Forever(bool),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LockItem {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(enumeration = "LockMode", tag = "2")]
+    pub mode: i32,
+    /// PERMITS: how many, and how many there are.
+    #[prost(uint32, tag = "3")]
+    pub permits: u32,
+    #[prost(uint32, tag = "4")]
+    pub of: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LockAcquireManyReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Of all of them: the revision of the commit that granted them.
+    #[prost(uint64, tag = "2")]
+    pub token: u64,
+    #[prost(uint64, tag = "3")]
+    pub session: u64,
+    #[prost(uint64, tag = "4")]
+    pub session_token: u64,
+    #[prost(uint64, tag = "5")]
+    pub ttl_ms: u64,
+    #[prost(uint64, tag = "6")]
+    pub remaining_ms: u64,
+    #[prost(uint64, tag = "7")]
+    pub waited_ms: u64,
+    /// In the order of names.
+    #[prost(message, repeated, tag = "8")]
+    pub locks: ::prost::alloc::vec::Vec<LockPart>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LockPart {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// The places of its permits.
+    #[prost(uint32, repeated, tag = "2")]
+    pub slots: ::prost::alloc::vec::Vec<u32>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LockForceReleaseRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// That of the grant to take away, so that nobody else's is hit.
+    #[prost(uint64, tag = "2")]
+    pub expected_token: u64,
+    /// Why, for whoever asks later: 1 to 1,024 bytes.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+    /// Of several holders under one token only this session; 0 is all of them.
+    #[prost(uint64, tag = "4")]
+    pub session: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LockForceReleaseReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// How many grants were taken away.
+    #[prost(uint32, tag = "2")]
+    pub taken: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LockResizeRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// 1 to 10,000.
+    #[prost(uint32, tag = "2")]
+    pub of: u32,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LockResizeReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// How many there were.
+    #[prost(uint32, tag = "2")]
+    pub before: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LockAcquireReply {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<Header>,
@@ -2553,6 +2705,12 @@ pub struct LockAcquireReply {
     /// From the arrival of the call to its grant.
     #[prost(uint64, tag = "7")]
     pub waited_ms: u64,
+    /// The places of its permits, from 0.
+    #[prost(uint32, repeated, tag = "8")]
+    pub slots: ::prost::alloc::vec::Vec<u32>,
+    /// How often it must be released.
+    #[prost(uint32, tag = "9")]
+    pub depth: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LockReleaseRequest {
@@ -2562,6 +2720,9 @@ pub struct LockReleaseRequest {
     pub session: u64,
     #[prost(uint64, tag = "3")]
     pub token: u64,
+    /// Tells apart what one commit granted to one session; empty is any of them.
+    #[prost(string, tag = "4")]
+    pub owner_id: ::prost::alloc::string::String,
     #[prost(string, tag = "14")]
     pub namespace: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "15")]
@@ -2571,6 +2732,9 @@ pub struct LockReleaseRequest {
 pub struct LockReleaseReply {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<Header>,
+    /// How often it must still be released; 0: it is given back.
+    #[prost(uint32, tag = "2")]
+    pub depth: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LockCancelRequest {
@@ -2581,12 +2745,15 @@ pub struct LockCancelRequest {
     /// The request id of the acquire to cancel; absent means every wait of the session for this lock.
     #[prost(message, optional, tag = "3")]
     pub acquire: ::core::option::Option<RequestMeta>,
+    /// Whose grant to tell if that came first; empty is any of the session.
+    #[prost(string, tag = "4")]
+    pub owner_id: ::prost::alloc::string::String,
     #[prost(string, tag = "14")]
     pub namespace: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "15")]
     pub request: ::core::option::Option<RequestMeta>,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LockCancelReply {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<Header>,
@@ -2595,7 +2762,7 @@ pub struct LockCancelReply {
 }
 /// Nested message and enum types in `LockCancelReply`.
 pub mod lock_cancel_reply {
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Result {
         /// The waiter is gone and will not be granted the lock.
         #[prost(bool, tag = "2")]
@@ -2615,6 +2782,9 @@ pub struct LockGetRequest {
     /// At most this many waiters; 0 is 100, and 1,000 is the most.
     #[prost(uint32, tag = "3")]
     pub waiters_limit: u32,
+    /// At most this many of the newest events; 0 is all, which are at most 128 of the last seven days.
+    #[prost(uint32, tag = "4")]
+    pub events_limit: u32,
     #[prost(string, tag = "14")]
     pub namespace: ::prost::alloc::string::String,
 }
@@ -2640,6 +2810,39 @@ pub struct Lock {
     /// How many wait in all.
     #[prost(uint64, tag = "5")]
     pub waiter_count: u64,
+    /// How many hold it in all; the first thousand are told.
+    #[prost(uint64, tag = "6")]
+    pub holder_count: u64,
+    /// How many there are, and how many are free; 0: a lock without permits.
+    #[prost(uint32, tag = "7")]
+    pub permits: u32,
+    #[prost(uint32, tag = "8")]
+    pub permits_free: u32,
+    /// What happened to it, oldest first; left out of lists.
+    #[prost(message, repeated, tag = "9")]
+    pub events: ::prost::alloc::vec::Vec<LockEvent>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LockEvent {
+    /// `granted`, `released`, `lost` (its session ended), `force-released`, `timed-out`, `cancelled`, `deadlock`, `delay-over`, `resized`.
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    /// How long ago.
+    #[prost(uint64, tag = "2")]
+    pub ago_ms: u64,
+    /// Of the grant.
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    #[prost(uint64, tag = "4")]
+    pub session: u64,
+    #[prost(string, tag = "5")]
+    pub owner_id: ::prost::alloc::string::String,
+    /// How long it was held or waited for.
+    #[prost(uint64, tag = "6")]
+    pub after_ms: u64,
+    /// Who did it and why, for what an operator did.
+    #[prost(string, tag = "7")]
+    pub detail: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LockHolder {
@@ -2665,6 +2868,19 @@ pub struct LockHolder {
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
+    #[prost(enumeration = "LockMode", tag = "9")]
+    pub mode: i32,
+    #[prost(uint32, repeated, tag = "10")]
+    pub slots: ::prost::alloc::vec::Vec<u32>,
+    /// How often it must be released; 0: it is over and only kept from others.
+    #[prost(uint32, tag = "11")]
+    pub depth: u32,
+    /// How much longer it is kept from others.
+    #[prost(uint64, tag = "12")]
+    pub kept_ms: u64,
+    /// The delay that it asked for.
+    #[prost(uint64, tag = "13")]
+    pub lock_delay_ms: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LockWaiter {
@@ -2688,6 +2904,12 @@ pub struct LockWaiter {
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
+    #[prost(enumeration = "LockMode", tag = "8")]
+    pub mode: i32,
+    #[prost(uint32, tag = "9")]
+    pub permits: u32,
+    #[prost(int32, tag = "10")]
+    pub priority: i32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LockListRequest {
@@ -2721,6 +2943,10 @@ pub struct LockListReply {
 pub enum LockMode {
     /// At most one owner.
     Exclusive = 0,
+    /// Beside other readers. A guard compares their tokens and does not raise its mark by them.
+    Shared = 1,
+    /// Some of a number of permits.
+    Permits = 2,
 }
 impl LockMode {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2730,12 +2956,49 @@ impl LockMode {
     pub fn as_str_name(&self) -> &'static str {
         match self {
             Self::Exclusive => "EXCLUSIVE",
+            Self::Shared => "SHARED",
+            Self::Permits => "PERMITS",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
     pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
         match value {
             "EXCLUSIVE" => Some(Self::Exclusive),
+            "SHARED" => Some(Self::Shared),
+            "PERMITS" => Some(Self::Permits),
+            _ => None,
+        }
+    }
+}
+/// Whose wait ends where a wait would close a cycle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OnDeadlock {
+    /// That of whoever asks: least work is lost.
+    Newcomer = 0,
+    /// Of those in the cycle the one with the lowest priority.
+    LowestPriority = 1,
+    /// Of those in the cycle the one that has held, or waited, for the shortest time.
+    Youngest = 2,
+}
+impl OnDeadlock {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Newcomer => "NEWCOMER",
+            Self::LowestPriority => "LOWEST_PRIORITY",
+            Self::Youngest => "YOUNGEST",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "NEWCOMER" => Some(Self::Newcomer),
+            "LOWEST_PRIORITY" => Some(Self::LowestPriority),
+            "YOUNGEST" => Some(Self::Youngest),
             _ => None,
         }
     }
@@ -2822,7 +3085,8 @@ pub mod locks_client {
             self
         }
         /// Takes a lock, waiting for it if told to. Errors: HELD (no wait was asked for; the facts name the holder), TIMEOUT_WAITING,
-        /// CANCELLED, DEADLOCK (also: this owner holds it already), SESSION_EXPIRED, QUOTA (too many waiters), INVALID.
+        /// CANCELLED, DEADLOCK (waiting would never end, `cycle` among the facts tells as JSON who waits for whom; also: this owner holds it already),
+        /// MISMATCH (another number of permits), SESSION_EXPIRED, QUOTA (too many waiters, or taken again too often), INVALID.
         /// Who gives up waiting must call Cancel until told `cancelled` or the grant, so that no grant stays unnoticed.
         pub async fn acquire(
             &mut self,
@@ -2843,6 +3107,81 @@ pub mod locks_client {
             let path = http::uri::PathAndQuery::from_static("/tenure.v1.Locks/Acquire");
             let mut req = request.into_request();
             req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Locks", "Acquire"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes several locks at once: all of them in one commit or none. Waiting for them holds none, so that no order of names can deadlock.
+        /// Errors: as Acquire.
+        pub async fn acquire_many(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LockAcquireManyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::LockAcquireManyReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Locks/AcquireMany",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Locks", "AcquireMany"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// An operator takes a lock away from whoever holds it under this token, or ends the delay that keeps it from others. It is noted with the
+        /// reason among the events of the lock, and the next grant has a higher token. Errors: FENCED (another token is current, or none), INVALID.
+        pub async fn force_release(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LockForceReleaseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::LockForceReleaseReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Locks/ForceRelease",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Locks", "ForceRelease"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Changes the number of permits of a lock. Fewer take none away from holders. Who waits for more than there are is told MISMATCH.
+        /// Errors: NOT_FOUND, MISMATCH (a lock without permits), INVALID.
+        pub async fn resize(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LockResizeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::LockResizeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Locks/Resize");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Locks", "Resize"));
             self.inner.unary(req, path, codec).await
         }
         /// Frees a lock that is held by this session under this token. Releasing the last released token again succeeds.
