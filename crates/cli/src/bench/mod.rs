@@ -10,6 +10,8 @@ mod load;
 mod measure;
 mod native;
 mod peer;
+#[cfg(feature = "peers")]
+mod peers;
 mod rpc;
 mod three;
 
@@ -33,6 +35,9 @@ enum BenchCommand {
     Run(RunArgs),
     /// Every workload on Tenure and on the real etcd, in turn, as a Markdown table
     Compare(CompareArgs),
+    /// Queues, idempotency and locks beside PostgreSQL, Redis, beanstalkd and NATS, as a Markdown table
+    #[cfg(feature = "peers")]
+    Peers(peers::PeersArgs),
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum, PartialEq, Eq)]
@@ -104,6 +109,8 @@ struct CompareArgs {
 pub(crate) async fn run(common: &Common, args: BenchArgs) -> Result<ExitCode> {
     match args.command {
         BenchCommand::Run(args) => one(common, &args).await,
+        #[cfg(feature = "peers")]
+        BenchCommand::Peers(args) => peers::run(&args).await,
         BenchCommand::Compare(args) => {
             let programs = peer::Programs { tenure: std::env::current_exe()?, etcd: args.etcd };
             match args.members.as_str() {

@@ -218,7 +218,7 @@ async fn first_write(endpoint: &str) -> Result<()> {
 }
 
 /// A port below those that the system gives to outgoing connections: one of them could take the port of a server while it is down.
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     for _ in 0..100 {
         let mut random = [0u8; 2];
         getrandom::fill(&mut random).map_err(|e| anyhow::anyhow!("no random bytes: {e}"))?;
