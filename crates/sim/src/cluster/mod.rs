@@ -10,6 +10,7 @@
 //! messages; `people.rs` the clients; `nemesis.rs` what goes wrong; `judge.rs` what must not.
 
 mod judge;
+mod native;
 mod nemesis;
 mod net;
 mod node;

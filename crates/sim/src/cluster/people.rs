@@ -21,6 +21,8 @@ pub(super) struct Person {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Kind {
     Client(What),
+    /// An operation of a native primitive.
+    Native,
     /// A read that may be old.
     Stale,
     /// A write of one key if it is still as it was read, by the number of its version.
@@ -92,7 +94,8 @@ pub(super) fn draw(
     newest: u64,
     random: &mut Random,
 ) -> (Kind, Txn, Intent) {
-    match random.below(12) {
+    match random.below(16) {
+        12..=15 => (Kind::Native, super::native::draw(number, index, person, random), Intent::default()),
         0 => (Kind::Stale, Txn::default(), Intent::default()),
         1 | 2 if !person.read.is_empty() => {
             let keys: Vec<&Vec<u8>> = person.read.keys().collect();

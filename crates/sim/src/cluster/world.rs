@@ -5,6 +5,7 @@
 //! jobs run in order, a fault ends the process.
 
 use super::judge::Judge;
+use super::native;
 use super::nemesis::Mend;
 use super::net::{Net, Quality};
 use super::node::{Caller, Fate, Node, Sent};
@@ -14,6 +15,7 @@ use crate::disk::{Counts, Lie};
 use crate::oracle::ledger::{Intent, Ledger, writer};
 use crate::oracle::linear::{self, Touch};
 use crate::oracle::locks::Locks;
+use crate::oracle::primitives::Primitives;
 use crate::oracle::requests::Requests;
 use crate::oracle::state;
 use crate::random::Random;
@@ -243,6 +245,7 @@ pub(super) struct World {
     ledger: Ledger,
     pub(super) judge: Judge,
     locks: Locks,
+    primitives: Primitives,
     requests: Requests,
     touches: BTreeMap<Vec<u8>, Vec<Touch>>,
     pub(super) healing: bool,
@@ -289,6 +292,7 @@ pub fn run(seed: u64, options: Options) -> Result<Report, String> {
         ledger: Ledger::default(),
         judge: Judge::default(),
         locks: Locks::default(),
+        primitives: Primitives::default(),
         requests: Requests::default(),
         touches: BTreeMap::new(),
         healing: false,
@@ -956,7 +960,7 @@ impl World {
         let (kind, mut txn, intent) = people::draw(number, index, &self.people[index], newest, &mut self.random);
         let what = match &kind {
             Kind::Client(what) => what.clone(),
-            Kind::Swap { .. } => What::Write,
+            Kind::Swap { .. } | Kind::Native => What::Write,
             _ => What::Read,
         };
         txn.request = client::number_request(&mut self.people[index].state, &mut self.random, &what);
@@ -1273,6 +1277,9 @@ impl World {
     }
 
     fn touch_unknown(&mut self, call: &Call) {
+        if let Some(op) = native::op_of(&call.txn) {
+            self.primitives.unknown(op);
+        }
         for (key, left) in client::writes(&call.txn) {
             let touch = Touch { call: call.number, began: call.began, ended: None, saw: None, left: Some(left) };
             self.touches.entry(key).or_default().push(touch);
@@ -1311,6 +1318,9 @@ impl World {
         self.ledger.acknowledge(call.number, reply.revision.0, did)?;
         if let Ok(result) = &reply.result {
             self.touch_done(call, result);
+            if let (Some(op), Some(OpReply::Native(answer))) = (native::op_of(&call.txn), result.results.first()) {
+                self.primitives.done(op, answer, reply.revision.0)?;
+            }
             self.learn(call, &reply)?;
         }
         Ok(())
@@ -1441,6 +1451,10 @@ impl World {
         self.locks.check()?;
         for call in std::mem::take(&mut self.calls).into_values() {
             self.touch_unknown(&call);
+        }
+        let wanted = self.wanted();
+        if let Some(member) = wanted.first().and_then(|i| self.nodes[*i].member.as_ref()) {
+            self.primitives.finish(member.machine())?;
         }
         for (key, touches) in &self.touches {
             linear::check(touches).map_err(|why| format!("key {}: {why}", key.escape_ascii()))?;

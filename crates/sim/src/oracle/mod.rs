@@ -7,5 +7,6 @@ pub mod leases;
 pub mod ledger;
 pub mod linear;
 pub mod locks;
+pub mod primitives;
 pub mod requests;
 pub mod state;
