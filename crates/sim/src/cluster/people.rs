@@ -12,6 +12,7 @@ use tenure_machine::*;
 /// One client, and the member that it talks to.
 pub(super) struct Person {
     pub(super) state: Client,
+    pub(super) native: super::native::Given,
     pub(super) node: usize,
     /// What it read last: the number of the version, and who wrote it.
     pub(super) read: BTreeMap<Vec<u8>, (Revision, Option<u64>)>,
@@ -75,14 +76,15 @@ impl Call {
             (Kind::Client(What::Renew { .. }), _) => return random.between(300_000, 700_000),
             (_, Some(Op::LockAcquire(LockAcquire { wait: Wait::Ms(ms), .. }))) => *ms,
             (_, Some(Op::LockAcquire(LockAcquire { wait: Wait::Forever, .. }))) => 6_000,
-            _ => 0,
+            _ => super::native::wait_ms(&self.txn),
         };
         (wait_ms + random.between(300, 3_000)) * 1_000
     }
 
     /// It may take as long as it likes to be answered.
     pub(super) fn waits(&self) -> bool {
-        matches!(self.txn.then.first(), Some(Op::LockAcquire(a)) if a.wait != Wait::None)
+        let lock = matches!(self.txn.then.first(), Some(Op::LockAcquire(a)) if a.wait != Wait::None);
+        lock || super::native::wait_ms(&self.txn) > 0
     }
 }
 
@@ -95,7 +97,7 @@ pub(super) fn draw(
     random: &mut Random,
 ) -> (Kind, Txn, Intent) {
     match random.below(16) {
-        12..=15 => (Kind::Native, super::native::draw(number, index, person, random), Intent::default()),
+        12..=15 => (Kind::Native, super::native::draw(number, &person.native, random), Intent::default()),
         0 => (Kind::Stale, Txn::default(), Intent::default()),
         1 | 2 if !person.read.is_empty() => {
             let keys: Vec<&Vec<u8>> = person.read.keys().collect();

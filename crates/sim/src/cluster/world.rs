@@ -282,6 +282,7 @@ pub fn run(seed: u64, options: Options) -> Result<Report, String> {
         people: (0..people)
             .map(|_| Person {
                 state: Client { renews: true, ..Client::default() },
+                native: native::Given::default(),
                 node: random.index(nodes.len()),
                 read: BTreeMap::new(),
             })
@@ -621,6 +622,7 @@ impl World {
         if at != n.judged_at {
             n.judged_at = at;
             self.judge.position(&n.name, machine)?;
+            Primitives::look(machine).map_err(|why| format!("{}: {why}", n.name))?;
         }
         for over in self.judge.look(machine, self.step, self.now).map_err(|why| format!("n{node}: {why}"))? {
             self.locks.session_may_end(over, self.step);
@@ -1277,9 +1279,7 @@ impl World {
     }
 
     fn touch_unknown(&mut self, call: &Call) {
-        if let Some(op) = native::op_of(&call.txn) {
-            self.primitives.unknown(op);
-        }
+        native::asked(&call.txn).for_each(|op| self.primitives.unknown(op));
         for (key, left) in client::writes(&call.txn) {
             let touch = Touch { call: call.number, began: call.began, ended: None, saw: None, left: Some(left) };
             self.touches.entry(key).or_default().push(touch);
@@ -1318,8 +1318,11 @@ impl World {
         self.ledger.acknowledge(call.number, reply.revision.0, did)?;
         if let Ok(result) = &reply.result {
             self.touch_done(call, result);
-            if let (Some(op), Some(OpReply::Native(answer))) = (native::op_of(&call.txn), result.results.first()) {
-                self.primitives.done(op, answer, reply.revision.0)?;
+            for (op, answer) in native::answered(&call.txn, &result.results) {
+                self.primitives.done(call.number, op, answer, reply.revision.0)?;
+                if let Some(index) = call.person {
+                    self.people[index].native.learn(op, answer);
+                }
             }
             self.learn(call, &reply)?;
         }
