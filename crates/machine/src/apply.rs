@@ -623,7 +623,7 @@ pub(crate) enum Undo {
     LockHold(LockKey, HoldKey, Option<Box<LockHold>>),
     LockEvent(ObjectKey, Option<Box<LockEvent>>),
     Waiter(WaiterNumber, Option<Waiter>),
-    Object(ObjectKey, Option<Arc<Object>>),
+    Object(ObjectKey, Option<Object>),
 }
 
 /// One transaction on its way: what it has changed so far, and how to undo that.
@@ -720,7 +720,7 @@ impl<'a> Commit<'a> {
         for step in &self.undo {
             match step {
                 Undo::Object(key, _) => {
-                    let [name, digest] = objects::sum_parts(key, m.objects.any(key).map(|object| &**object));
+                    let [name, digest] = objects::sum_parts(key, m.objects.any(key));
                     m.sums.event([sum_event::OBJECT, name, digest]);
                 }
                 Undo::LockHold(key, at, _) => {
@@ -1296,7 +1296,7 @@ impl<'a> Commit<'a> {
 
     /// Puts or replaces an object.
     pub(crate) fn put_object<T: Lived>(&mut self, key: &ObjectKey, object: T) {
-        self.set_object(key, Some(Arc::new(object.into_object())));
+        self.set_object(key, Some(object.into_object()));
     }
 
     pub(crate) fn remove_object(&mut self, key: &ObjectKey) {
@@ -1305,11 +1305,11 @@ impl<'a> Commit<'a> {
         }
     }
 
-    fn set_object(&mut self, key: &ObjectKey, new: Option<Arc<Object>>) {
+    fn set_object(&mut self, key: &ObjectKey, new: Option<Object>) {
         let index = self.next_index();
         let old = self.m.objects.set(key, new.clone());
-        if objects::is_watched(new.as_deref().or(old.as_deref())) {
-            let record = objects::record(key, new.as_deref(), self.at, index);
+        if objects::is_watched(new.as_ref().or(old.as_ref())) {
+            let record = objects::record(key, new.as_ref(), self.at, index);
             // What it was is not told to watchers: an object says all that it is.
             self.out.changes.push(Change { record, before: None });
         }
@@ -1317,7 +1317,7 @@ impl<'a> Commit<'a> {
     }
 
     /// Puts, replaces or removes an object that nobody watches, without taking a revision.
-    pub(crate) fn set_object_silently(&mut self, key: &ObjectKey, new: Option<Arc<Object>>) {
+    pub(crate) fn set_object_silently(&mut self, key: &ObjectKey, new: Option<Object>) {
         let old = self.m.objects.set(key, new);
         self.undo.push(Undo::Object(key.clone(), old));
     }

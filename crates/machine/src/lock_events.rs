@@ -12,11 +12,10 @@ use crate::codec;
 use crate::coded::{coded_enum, coded_struct};
 use crate::locks::LockKey;
 use crate::native::PRIMITIVES;
-use crate::objects::{Indexes, Lived, Object, ObjectKey};
+use crate::objects::{Indexes, Lived, ObjectKey, Stored};
 use crate::reply::Holder;
 use crate::types::*;
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::Arc;
 
 /// Events of one lock.
 const EVENTS_MAX: usize = 128;
@@ -123,7 +122,7 @@ impl Lived for LockEvents {
             return commit.set_object_silently(key, None);
         }
         let later = Self { look_at: keep_until, events: events.events.clone() };
-        commit.set_object_silently(key, Some(Arc::new(Object::LockEvents(later))));
+        commit.set_object_silently(key, Some(later.into_object()));
     }
 
     fn note(indexes: &mut Indexes, key: &ObjectKey, old: Option<&Self>, new: Option<&Self>) {
@@ -176,7 +175,7 @@ impl Commit<'_> {
             Err(event) => {
                 let look_at = event.at.plus(KEPT_MS);
                 let first = LockEvents { look_at, events: VecDeque::from([event]) };
-                self.set_object_silently(&key, Some(Arc::new(Object::LockEvents(first))));
+                self.set_object_silently(&key, Some(first.into_object()));
             }
         }
         self.forget_old_lock_events(&key);
@@ -192,7 +191,7 @@ impl Commit<'_> {
             if keep_until > events.look_at && passed_over < PASSED_OVER_MAX {
                 passed_over += 1;
                 let later = LockEvents { look_at: keep_until, events: events.events.clone() };
-                self.set_object_silently(&key, Some(Arc::new(Object::LockEvents(later))));
+                self.set_object_silently(&key, Some(later.into_object()));
                 continue;
             }
             self.set_object_silently(&key, None);

@@ -153,9 +153,9 @@ pub(crate) struct Indexes {
 
 macro_rules! kinds {
     ($($kind:ident = $letter:literal, $number:literal;)*) => {
-        /// One object. The numbers of the kinds are stored and never change.
+        /// One object, in memory of exactly its kind's size. Cloning shares. The numbers of the kinds are stored and never change.
         #[derive(Clone, Debug, PartialEq)]
-        pub enum Object { $($kind($kind),)* }
+        pub enum Object { $($kind(Arc<$kind>),)* }
 
         $(impl Stored for $kind {
             const KIND: u8 = $letter;
@@ -169,7 +169,7 @@ macro_rules! kinds {
             }
 
             fn into_object(self) -> Object {
-                Object::$kind(self)
+                Object::$kind(Arc::new(self))
             }
         })*
 
@@ -180,7 +180,7 @@ macro_rules! kinds {
 
             fn read(r: &mut Reader<'_>, what: &'static str) -> Result<Self, DecodeError> {
                 match r.byte(what)? {
-                    $($number => $kind::read(r, what).map(Self::$kind),)*
+                    $($number => $kind::read(r, what).map(Stored::into_object),)*
                     number => Err(DecodeError::UnknownNumber { what, number: u64::from(number) }),
                 }
             }
@@ -297,7 +297,7 @@ pub(crate) fn record(key: &ObjectKey, object: Option<&Object>, at: Revision, ind
 
 /// The table with its indexes.
 pub(crate) struct Objects {
-    pub(crate) table: SnapMap<ObjectKey, Arc<Object>>,
+    pub(crate) table: SnapMap<ObjectKey, Object>,
     deadlines: BTreeSet<(LogTime, ObjectKey)>,
     by_session: BTreeSet<(SessionId, ObjectKey)>,
     session_counts: BTreeMap<SessionId, u64>,
@@ -321,12 +321,12 @@ impl Objects {
         T::of(self.table.get(key)?)
     }
 
-    pub(crate) fn any(&self, key: &ObjectKey) -> Option<&Arc<Object>> {
+    pub(crate) fn any(&self, key: &ObjectKey) -> Option<&Object> {
         self.table.get(key)
     }
 
     /// Puts, replaces or removes an object; what was there comes back, and putting it back undoes.
-    pub(crate) fn set(&mut self, key: &ObjectKey, object: Option<Arc<Object>>) -> Option<Arc<Object>> {
+    pub(crate) fn set(&mut self, key: &ObjectKey, object: Option<Object>) -> Option<Object> {
         if let Some(new) = &object {
             self.bytes += bytes(key, new);
             if let Some(deadline) = new.deadline() {
@@ -347,8 +347,8 @@ impl Objects {
                 self.deadlines.remove(&(deadline, key.clone()));
             }
         }
-        self.index_sessions(key, old.as_deref(), new.as_deref());
-        note(&mut self.indexes, key, old.as_deref(), new.as_deref());
+        self.index_sessions(key, old.as_ref(), new.as_ref());
+        note(&mut self.indexes, key, old.as_ref(), new.as_ref());
         old
     }
 
@@ -441,9 +441,9 @@ impl Objects {
     }
 }
 
-fn lock_events_mut(object: &mut Arc<Object>) -> Option<&mut LockEvents> {
-    match Arc::make_mut(object) {
-        Object::LockEvents(events) => Some(events),
+fn lock_events_mut(object: &mut Object) -> Option<&mut LockEvents> {
+    match object {
+        Object::LockEvents(events) => Some(Arc::make_mut(events)),
         _ => None,
     }
 }

@@ -22,7 +22,7 @@ pub const LOCKS: u8 = b'l';
 /// What a record of the native space says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Seen {
-    Session(SessionCreate),
+    Session(Box<SessionCreate>),
     /// Held by one, alone.
     Lock(Holder),
     /// Held by readers or in permits, or kept from others for a while.
@@ -48,7 +48,7 @@ impl Seen {
         match kind_of(record.key()) {
             Some(LOCKS) if format == 2 && !record.is_tombstone() => shared_lock(rest).map(Self::SharedLock),
             _ if record.is_tombstone() || format != 1 => None,
-            Some(SESSIONS) => codec::read_session_create(&mut Reader::new(rest)).ok().map(Self::Session),
+            Some(SESSIONS) => codec::read_session_create(&mut Reader::new(rest)).ok().map(Box::new).map(Self::Session),
             Some(LOCKS) => codec::read_holder(&mut Reader::new(rest)).ok().map(Self::Lock),
             _ => Object::from_record(value).map(Self::Object),
         }

@@ -19,7 +19,6 @@ use crate::record::Record;
 use crate::reply::Change;
 use crate::types::*;
 use crate::{locks, objects, requests, sessions, waits};
-use std::sync::Arc;
 
 /// The format version of a block.
 const BLOCK_FORMAT: u8 = 1;
@@ -445,7 +444,7 @@ impl Loader {
             }
             Section::Objects => {
                 let (key, object) = objects::read(r)?;
-                once(m.objects.set(&key, Some(Arc::new(object))).is_none(), "an object")?;
+                once(m.objects.set(&key, Some(object)).is_none(), "an object")?;
             }
             Section::OneShot => {
                 let id = (r.text("a principal")?, r.array("a request id")?);
