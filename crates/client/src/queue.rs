@@ -418,7 +418,6 @@ impl Queue {
     }
 
     /// Asks for jobs; await it. No job is no error but an empty answer.
-    #[must_use]
     pub fn receive(&self) -> Receive {
         Receive { queue: self.clone(), request: self.receive_request(), acks: Vec::new() }
     }
@@ -448,7 +447,6 @@ impl Queue {
     /// println!("{} jobs done, {} failed", done.acked, done.failed);
     /// # Ok(()) }
     /// ```
-    #[must_use]
     pub fn work<F, R, E>(&self, handler: F) -> Work
     where
         F: Fn(Arc<Delivery>) -> R + Send + Sync + 'static,

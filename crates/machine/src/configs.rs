@@ -110,7 +110,9 @@ impl Config {
             let has = |(name, value): &(Box<str>, Box<str>)| labels.get(&**name).is_some_and(|own| **own == **value);
             let is_known = !instance.is_empty() || !labels.is_empty();
             let rollout = &candidate.rollout;
-            is_known && rollout.labels.iter().all(has) && bucket(key, candidate.version.number, instance) < rollout.share
+            is_known
+                && rollout.labels.iter().all(has)
+                && bucket(key, candidate.version.number, instance) < rollout.share
         });
         staged.map(|candidate| &candidate.version).or(self.current.as_ref())
     }
@@ -539,7 +541,9 @@ impl Commit<'_> {
 fn check_rollout(rollout: &Rollout) -> Result<(), Rejection> {
     let bytes: usize = rollout.labels.iter().map(|(name, value)| name.len() + value.len()).sum();
     if rollout.labels.len() > ROLLOUT_LABELS_MAX || bytes > ROLLOUT_LABEL_BYTES_MAX {
-        return Err(invalid(format!("a roll-out has at most {ROLLOUT_LABELS_MAX} labels, {ROLLOUT_LABEL_BYTES_MAX} bytes")));
+        return Err(invalid(format!(
+            "a roll-out has at most {ROLLOUT_LABELS_MAX} labels, {ROLLOUT_LABEL_BYTES_MAX} bytes"
+        )));
     }
     let fits = rollout.share <= ROLLOUT_ALL;
     if fits { Ok(()) } else { Err(invalid("a roll-out is for 0 to 100 percent")) }

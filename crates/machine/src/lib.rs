@@ -55,9 +55,9 @@ pub use codec::{DecodeError, MAX_DEPTH};
 pub use command::*;
 pub use conditions::{Condition, ConditionOp, ConditionReply, CounterWithin, Failed, HeldAttempt, HeldLock};
 pub use configs::{
-    CONFIG_CONTENT_BYTES_MAX, CONFIG_KEY_BYTES_MAX, CONFIG_NOTES_BYTES_MAX, CONFIG_SCHEMA_BYTES_MAX, Config, ConfigAfter,
-    ConfigAt, ConfigCandidate, ConfigNote, ConfigOp, ConfigPublish, ConfigReply, ConfigSchema, ConfigSchemaSet, ConfigStage,
-    ConfigVersion, ROLLOUT_ALL, ROLLOUT_LABEL_BYTES_MAX, ROLLOUT_LABELS_MAX, Rollout,
+    CONFIG_CONTENT_BYTES_MAX, CONFIG_KEY_BYTES_MAX, CONFIG_NOTES_BYTES_MAX, CONFIG_SCHEMA_BYTES_MAX, Config,
+    ConfigAfter, ConfigAt, ConfigCandidate, ConfigNote, ConfigOp, ConfigPublish, ConfigReply, ConfigSchema,
+    ConfigSchemaSet, ConfigStage, ConfigVersion, ROLLOUT_ALL, ROLLOUT_LABEL_BYTES_MAX, ROLLOUT_LABELS_MAX, Rollout,
 };
 pub use counters::{
     BLOCK_MAX, Counter, CounterAdd, CounterDelete, CounterExpect, CounterOp, CounterReply, CounterSet, Numbers,

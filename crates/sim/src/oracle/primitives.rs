@@ -218,13 +218,7 @@ impl Primitives {
 
     // ---- Idempotency ----
 
-    fn idempotency(
-        &mut self,
-        call: u64,
-        op: &IdempotencyOp,
-        reply: &IdempotencyReply,
-        at: u64,
-    ) -> Result<(), String> {
+    fn idempotency(&mut self, call: u64, op: &IdempotencyOp, reply: &IdempotencyReply, at: u64) -> Result<(), String> {
         match (op, reply) {
             (IdempotencyOp::Begin(begin), IdempotencyReply::Granted(granted)) => {
                 let once = self.once.entry(begin.name.key.clone()).or_default();

@@ -174,8 +174,7 @@ impl RedisOnce {
 impl Client for RedisOnce {
     async fn operate(&mut self) -> Result<()> {
         let (key, is_first) = self.keys.next();
-        let got =
-            self.redis.call(&[b"SET", key.as_bytes(), &self.value, b"NX", b"GET", b"EX", b"86400"]).await?;
+        let got = self.redis.call(&[b"SET", key.as_bytes(), &self.value, b"NX", b"GET", b"EX", b"86400"]).await?;
         ensure!(matches!(got, Resp::Nil) == is_first, "the key was not as expected");
         Ok(())
     }
@@ -218,8 +217,7 @@ impl Client for RedisLock {
     async fn operate(&mut self) -> Result<()> {
         let ttl = LOCK_MS.to_string();
         loop {
-            let taken =
-                self.redis.call(&[b"SET", b"hot", self.owner.as_bytes(), b"NX", b"PX", ttl.as_bytes()]).await?;
+            let taken = self.redis.call(&[b"SET", b"hot", self.owner.as_bytes(), b"NX", b"PX", ttl.as_bytes()]).await?;
             if !matches!(taken, Resp::Nil) {
                 break;
             }
@@ -282,7 +280,8 @@ impl NatsQueue {
         let mut queue = Self { line, inbox, job: Numbers::new(i as u64 + 1).bytes(JOB_BYTES) };
         let stream = r#"{"name":"JOBS","subjects":["jobs"],"retention":"workqueue","storage":"file"}"#;
         queue.request("$JS.API.STREAM.CREATE.JOBS", stream.as_bytes()).await?;
-        let consumer = r#"{"stream_name":"JOBS","config":{"durable_name":"w","ack_policy":"explicit","max_ack_pending":10000}}"#;
+        let consumer =
+            r#"{"stream_name":"JOBS","config":{"durable_name":"w","ack_policy":"explicit","max_ack_pending":10000}}"#;
         queue.request("$JS.API.CONSUMER.DURABLE.CREATE.JOBS.w", consumer.as_bytes()).await?;
         Ok(queue)
     }
@@ -318,7 +317,8 @@ impl Client for NatsQueue {
         let job = self.job.clone();
         let (_, published) = self.request("jobs", &job).await?;
         ensure!(!String::from_utf8_lossy(&published).contains("error"), "not stored");
-        let (ack, body) = self.request("$JS.API.CONSUMER.MSG.NEXT.JOBS.w", br#"{"batch":1,"expires":5000000000}"#).await?;
+        let (ack, body) =
+            self.request("$JS.API.CONSUMER.MSG.NEXT.JOBS.w", br#"{"batch":1,"expires":5000000000}"#).await?;
         ensure!(body.len() == JOB_BYTES, "no job came");
         self.request(&ack, b"+ACK").await?;
         Ok(())

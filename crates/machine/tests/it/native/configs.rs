@@ -20,7 +20,12 @@ pub(super) fn op(said: &Said<'_>) -> Option<Op> {
     };
     let rollout = || Rollout {
         share: said.number("share") as u32,
-        labels: said.option("label").map(|l| l.split_once(':').unwrap()).map(|(n, v)| (n.into(), v.into())).into_iter().collect(),
+        labels: said
+            .option("label")
+            .map(|l| l.split_once(':').unwrap())
+            .map(|(n, v)| (n.into(), v.into()))
+            .into_iter()
+            .collect(),
     };
     let at = || ConfigAt { key: key(), version: number(1) };
     let op = match said.verb {
@@ -65,7 +70,8 @@ pub(super) fn show(machine: &Machine, namespace: NamespaceId, what: &str, rest: 
         ("given", Some(config)) => {
             let candidate = config.candidate.as_ref().map_or(0, |candidate| candidate.version.number);
             let count = |labels: &BTreeMap<String, String>| {
-                let given = |n: &u32| config.for_instance(key, &format!("i{n}"), labels).is_some_and(|v| v.number == candidate);
+                let given =
+                    |n: &u32| config.for_instance(key, &format!("i{n}"), labels).is_some_and(|v| v.number == candidate);
                 (0..1_000).filter(given).count()
             };
             let eu = BTreeMap::from([("zone".to_owned(), "eu".to_owned())]);
@@ -88,5 +94,9 @@ fn show_config(machine: &Machine, namespace: NamespaceId, key: &str, config: &Co
         format!("\n  {} at {} `{text}` by `{}` schema={}{copy}{deleted}", v.number, v.revision, v.author, v.schema)
     };
     let versions: Vec<_> = machine.config_versions(namespace, key, 0, 100).into_iter().map(version).collect();
-    format!("config {key}: current {current}{candidate}, schema {schema}, changed at {}{}", config.revision, versions.concat())
+    format!(
+        "config {key}: current {current}{candidate}, schema {schema}, changed at {}{}",
+        config.revision,
+        versions.concat()
+    )
 }
