@@ -82,6 +82,7 @@ fn enqueue(number: u64, random: &mut Random) -> QueueOp {
     let job = NewJob {
         payload: number.to_be_bytes()[..].into(),
         delay_ms: if random.chance(1, 4) { random.below(2_000) } else { 0 },
+        run_at_ms: None,
         priority: random.below(3) as i32 - 1,
         terms: group.is_some().then(|| JobTerms { group, max_attempts: 1_000, ..JobTerms::default() }.into()),
         on_duplicate: OnDuplicate::ReturnExisting,

@@ -290,7 +290,7 @@ mod tests {
             terms: Some(terms.into()),
             last_error: "".into(),
         };
-        Received { jobs: vec![delivered], settled: Vec::new() }
+        Received { jobs: vec![delivered], settled: Vec::new(), waited_ms: 0 }
     }
 
     #[test]
