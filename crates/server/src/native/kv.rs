@@ -150,6 +150,11 @@ fn delete_op(namespace: NamespaceId, request: &v1::DeleteRequest) -> Result<Dele
     Ok(Delete { span, prev: request.prev })
 }
 
+/// Where a range begins. No key is empty, and the state machine refuses to look for one: the first that can be stands for it.
+fn first(namespace: NamespaceId, start: &[u8]) -> Key {
+    key(namespace, if start.is_empty() { &[0] } else { start })
+}
+
 /// Every key that begins so.
 fn prefix_span(namespace: NamespaceId, prefix: &[u8]) -> Span {
     let mut end = prefix.to_vec();
@@ -163,7 +168,7 @@ fn prefix_span(namespace: NamespaceId, prefix: &[u8]) -> Span {
         }
         None => Key::end_of(Space::Keys, namespace),
     };
-    Span { start: key(namespace, prefix), end: Some(end) }
+    Span { start: first(namespace, prefix), end: Some(end) }
 }
 
 /// What a page needs to know to be answered.
@@ -190,8 +195,8 @@ fn range_op(namespace: NamespaceId, request: &v1::RangeRequest) -> Result<Range,
     let span = match (request.prefix, end.is_empty()) {
         (true, false) => return Err(refuse("prefix", "a prefix has no end")),
         (true, true) => prefix_span(namespace, start),
-        (false, false) => Span { start: key(namespace, start), end: Some(key(namespace, end)) },
-        (false, true) => Span { start: key(namespace, start), end: Some(Key::end_of(Space::Keys, namespace)) },
+        (false, false) => Span { start: first(namespace, start), end: Some(key(namespace, end)) },
+        (false, true) => Span { start: first(namespace, start), end: Some(Key::end_of(Space::Keys, namespace)) },
     };
     Ok(Range {
         revision: revision(request.revision)?,
