@@ -6,15 +6,18 @@
 use std::collections::BTreeMap;
 
 use base64::Engine as _;
-use tenure_machine::{Election, Health, Instance, LOCKS, Object, Record, SESSIONS, Seen, Service, SessionId, Stored};
+use tenure_machine::{
+    Config, Election, Health, Instance, LOCKS, Object, Record, SESSIONS, Seen, Service, SessionId, Stored,
+};
 
 use super::{Refused, refuse};
 
 /// Kinds that can be watched, with their letters.
-const KINDS: [(&str, u8); 5] = [
+const KINDS: [(&str, u8); 6] = [
     ("session", SESSIONS),
     ("lock", LOCKS),
     ("election", Election::KIND),
+    ("config", Config::KIND),
     ("service", Instance::KIND),
     ("service-index", Service::KIND),
 ];
@@ -124,6 +127,16 @@ fn object_facts(object: &Object, facts: &mut Facts) {
             };
             facts.put("health", health);
             facts.put("why", &instance.why);
+        }
+        Object::Config(config) => {
+            facts.put("revision", config.revision);
+            facts.put("newest", config.newest);
+            let Some(current) = &config.current else { return };
+            facts.put("version", current.number);
+            facts.put("author", &current.author);
+            facts.put("comment", &current.comment);
+            facts.put("media", &current.media);
+            facts.bytes("content", &current.content);
         }
         Object::Service(service) => facts.put("index", service.index),
         // The others are not watched.
