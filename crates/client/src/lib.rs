@@ -61,6 +61,7 @@ mod watch;
 
 pub use client::{Client, ClientOptions, RETRY_MAX};
 pub use clock::BootTime;
+pub use config::{Config, ConfigChange, ConfigRollout, ConfigVersion, FollowConfig, PublishConfig};
 pub use counter::{Counter, CounterAdd, CounterDelete, CounterInfo, CounterSet, Sequence, SequenceInfo};
 pub use election::{Election, ElectionCandidate, ElectionInfo, ElectionLeader, Leadership, Observing};
 pub use error::{Code, Error, Holder, Outcome, Problem};

@@ -90,6 +90,711 @@ pub struct RequireLock {
     #[prost(uint64, tag = "2")]
     pub token: u64,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ConfigRollout {
+    /// Hundredths of a percent of the instances, 0 to 10,000.
+    #[prost(uint32, tag = "1")]
+    pub share: u32,
+    /// Only instances that have all of these, at most 16.
+    #[prost(btree_map = "string, string", tag = "2")]
+    pub labels: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ConfigPublishRequest {
+    /// 1 to 1,024 bytes, none of them zero.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// At most 256 KiB; text, or bytes.
+    #[prost(string, tag = "2")]
+    pub content: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub content_bytes: ::prost::bytes::Bytes,
+    /// Such as `application/json`, which is what an empty one means when there is a schema.
+    #[prost(string, tag = "4")]
+    pub media_type: ::prost::alloc::string::String,
+    /// Who and why, for people: together at most 4 KiB.
+    #[prost(string, tag = "5")]
+    pub author: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub comment: ::prost::alloc::string::String,
+    /// Only if this is the current version; 0: only if there is none. Absent: whatever it is.
+    #[prost(uint64, optional, tag = "7")]
+    pub expect_version: ::core::option::Option<u64>,
+    /// Make it a candidate that these instances are given first.
+    #[prost(message, optional, tag = "8")]
+    pub rollout: ::core::option::Option<ConfigRollout>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigRollbackRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// The version to copy.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    #[prost(string, tag = "3")]
+    pub author: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub comment: ::prost::alloc::string::String,
+    #[prost(uint64, optional, tag = "5")]
+    pub expect_version: ::core::option::Option<u64>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigSetSchemaRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// A JSON Schema of at most 64 KiB that refers to nothing outside of itself; empty removes the one in force.
+    #[prost(string, tag = "2")]
+    pub schema: ::prost::alloc::string::String,
+    /// Only if the schema in force has this number; 0: only if there is none. Absent: whatever it is.
+    #[prost(uint64, optional, tag = "3")]
+    pub expect_schema: ::core::option::Option<u64>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ConfigStageRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// The candidate.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    #[prost(message, optional, tag = "3")]
+    pub rollout: ::core::option::Option<ConfigRollout>,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigPromoteRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// The candidate.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigAbortRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// The candidate.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigDeleteRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub author: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub comment: ::prost::alloc::string::String,
+    #[prost(uint64, optional, tag = "4")]
+    pub expect_version: ::core::option::Option<u64>,
+    /// Remove everything of a key whose newest version is this one; it may be deleted already. Nothing else may be given beside it.
+    #[prost(uint64, tag = "5")]
+    pub purge_version: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigChangeReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// The version that the change was about.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    /// The current version now; 0: there is none.
+    #[prost(uint64, tag = "3")]
+    pub current_version: u64,
+    /// The candidate now; 0: there is none.
+    #[prost(uint64, tag = "4")]
+    pub candidate_version: u64,
+    /// The number of the schema in force; 0: there is none.
+    #[prost(uint64, tag = "5")]
+    pub schema: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigVersion {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    #[prost(string, tag = "3")]
+    pub content: ::prost::alloc::string::String,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub content_bytes: ::prost::bytes::Bytes,
+    #[prost(string, tag = "5")]
+    pub media_type: ::prost::alloc::string::String,
+    #[prost(string, tag = "6")]
+    pub author: ::prost::alloc::string::String,
+    #[prost(string, tag = "7")]
+    pub comment: ::prost::alloc::string::String,
+    /// What the clock of the server showed, in milliseconds since 1970. For people only.
+    #[prost(uint64, tag = "8")]
+    pub time_ms: u64,
+    /// SHA-256 of the content, hexadecimal.
+    #[prost(string, tag = "9")]
+    pub digest: ::prost::alloc::string::String,
+    /// Of the commit that made the version.
+    #[prost(uint64, tag = "10")]
+    pub revision: u64,
+    /// The schema that it was checked by; 0: there was none.
+    #[prost(uint64, tag = "11")]
+    pub schema: u64,
+    /// The version that it copies, or 0.
+    #[prost(uint64, tag = "12")]
+    pub copy_of: u64,
+    /// It marks a deletion.
+    #[prost(bool, tag = "13")]
+    pub deleted: bool,
+    /// It is a candidate.
+    #[prost(bool, tag = "16")]
+    pub candidate: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigGetRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// This version; 0 is what the instance is given.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+    /// Which instance asks, by whatever tells it from others for good. Without an id and labels the answer is the current version.
+    #[prost(string, tag = "3")]
+    pub instance: ::prost::alloc::string::String,
+    /// Its labels, each as `name=value`.
+    #[prost(string, repeated, tag = "4")]
+    pub labels: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Tell the schema, too.
+    #[prost(bool, tag = "5")]
+    pub schema: bool,
+    #[prost(bool, tag = "6")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ConfigGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub version: ::core::option::Option<ConfigVersion>,
+    /// The number of the schema in force; 0: there is none.
+    #[prost(uint64, tag = "3")]
+    pub schema: u64,
+    #[prost(string, tag = "4")]
+    pub schema_text: ::prost::alloc::string::String,
+    /// The candidate and whom it is given; absent if there is none.
+    #[prost(uint64, tag = "5")]
+    pub candidate_version: u64,
+    #[prost(message, optional, tag = "6")]
+    pub rollout: ::core::option::Option<ConfigRollout>,
+    /// Of the newest change of the key.
+    #[prost(uint64, tag = "7")]
+    pub revision: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigHistoryRequest {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// Tell contents, too.
+    #[prost(bool, tag = "2")]
+    pub contents: bool,
+    #[prost(bool, tag = "3")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ConfigHistoryReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub versions: ::prost::alloc::vec::Vec<ConfigVersion>,
+    #[prost(uint64, tag = "3")]
+    pub current_version: u64,
+    #[prost(uint64, tag = "4")]
+    pub candidate_version: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigListRequest {
+    /// Only keys that begin so.
+    #[prost(string, tag = "1")]
+    pub prefix: ::prost::alloc::string::String,
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Begin after this key: `next` of the page before.
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+    /// Deleted ones, too.
+    #[prost(bool, tag = "4")]
+    pub deleted: bool,
+    #[prost(bool, tag = "5")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ConfigListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// The current versions, without contents.
+    #[prost(message, repeated, tag = "2")]
+    pub configs: ::prost::alloc::vec::Vec<ConfigVersion>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigWatchRequest {
+    /// The key, or what keys begin with.
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    #[prost(bool, tag = "2")]
+    pub prefix: bool,
+    /// As in ConfigGetRequest.
+    #[prost(string, tag = "3")]
+    pub instance: ::prost::alloc::string::String,
+    #[prost(string, repeated, tag = "4")]
+    pub labels: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Go on behind this answer, without telling what there is.
+    #[prost(string, tag = "5")]
+    pub resume: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigWatchReply {
+    #[prost(enumeration = "config_watch_reply::Type", tag = "1")]
+    pub r#type: i32,
+    /// With its content; of one that is gone only the key.
+    #[prost(message, optional, tag = "2")]
+    pub version: ::core::option::Option<ConfigVersion>,
+    /// Give it back to go on here. An answer in the middle of a revision has none.
+    #[prost(string, tag = "3")]
+    pub resume: ::prost::alloc::string::String,
+}
+/// Nested message and enum types in `ConfigWatchReply`.
+pub mod config_watch_reply {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Type {
+        /// Never told.
+        Unspecified = 0,
+        /// From now on the instance is given this version.
+        Given = 1,
+        /// There is nothing for this key any more.
+        Deleted = 2,
+        /// Everything that there is has been told.
+        Synced = 3,
+        /// There is nothing up to here that was not told.
+        Bookmark = 4,
+        /// Too much has changed: what there is follows anew, and a key that is not told again is gone.
+        Reset = 5,
+    }
+    impl Type {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "UNSPECIFIED",
+                Self::Given => "GIVEN",
+                Self::Deleted => "DELETED",
+                Self::Synced => "SYNCED",
+                Self::Bookmark => "BOOKMARK",
+                Self::Reset => "RESET",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "UNSPECIFIED" => Some(Self::Unspecified),
+                "GIVEN" => Some(Self::Given),
+                "DELETED" => Some(Self::Deleted),
+                "SYNCED" => Some(Self::Synced),
+                "BOOKMARK" => Some(Self::Bookmark),
+                "RESET" => Some(Self::Reset),
+                _ => None,
+            }
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod configs_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct ConfigsClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> ConfigsClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> ConfigsClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            ConfigsClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Publishes a version, at once or as a candidate. Errors: CONFLICT (not the expected version, a candidate is there already, or the schema was changed
+        /// meanwhile; the facts tell `version`, `author`, `candidate`, `schema`), INVALID (the content does not satisfy the schema: `field` is `content`, `at` and
+        /// `problem` tell where and why), TOO_LARGE, QUOTA.
+        pub async fn publish(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigPublishRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigChangeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Configs/Publish",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "Publish"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Publishes a copy of an older version, which must satisfy the schema of now. Errors: NOT_FOUND (that version is not kept), CONFLICT, INVALID.
+        pub async fn rollback(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigRollbackRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigChangeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Configs/Rollback",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Configs", "Rollback"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Sets or removes the schema of a key, which its current version must satisfy. Errors: NOT_FOUND, CONFLICT (another schema than expected, or a version
+        /// was published meanwhile, or there is a candidate), INVALID (no JSON Schema, or the current version does not satisfy it), TOO_LARGE.
+        pub async fn set_schema(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigSetSchemaRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigChangeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Configs/SetSchema",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Configs", "SetSchema"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives the candidate to other instances than now. Errors: NOT_FOUND, CONFLICT (no such candidate), INVALID.
+        pub async fn stage(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigStageRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigChangeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Configs/Stage");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "Stage"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes the candidate the current version, for everybody. Errors: NOT_FOUND, CONFLICT (no such candidate).
+        pub async fn promote(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigPromoteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigChangeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Configs/Promote",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "Promote"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Drops the candidate: everybody has the current version. Its version stays readable. Errors: NOT_FOUND, CONFLICT (no such candidate).
+        pub async fn abort(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigAbortRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigChangeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Configs/Abort");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "Abort"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Deletes a key: a version without content that marks it. Older versions stay readable and numbers go on, unless `purge` removes them all.
+        /// Errors: NOT_FOUND, CONFLICT.
+        pub async fn delete(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigDeleteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigChangeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Configs/Delete");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "Delete"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads what an instance is given, or one version. Errors: NOT_FOUND (no such key or version, or deleted: `version` among the facts), NO_QUORUM.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigGetRequest>,
+        ) -> std::result::Result<tonic::Response<super::ConfigGetReply>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Configs/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists the versions that are kept, the newest first. Errors: NOT_FOUND, NO_QUORUM.
+        pub async fn history(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigHistoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigHistoryReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Configs/History",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "History"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists keys by name, in pages, without contents.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfigListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Configs/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Follows what an instance is given of one key or of all that begin with a prefix: first what there is, up to a SYNCED, then each change as the
+        /// whole version that is given from then on. Nothing is lost over reconnects: `resume` goes on where an answer was, and where too much has
+        /// changed since, a RESET comes and everything anew. Over HTTP each answer is a line of JSON in `result`, or an event with `resume` as its id.
+        pub async fn watch(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfigWatchRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ConfigWatchReply>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Configs/Watch");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Configs", "Watch"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+    }
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Counter {
     #[prost(string, tag = "1")]
