@@ -277,13 +277,10 @@ async fn attend(
             // A terminal has sent its interrupt to the command already.
             _ = interrupt.recv() => {}
             _ = terminate.recv() => { let _ = kill_process(pid, Signal::TERM); }
-            _ = extend.tick(), if lost.is_none() => match hold.extend(length).await {
-                Err(error @ Error::Refused(_)) => {
-                    lost = Some(error);
-                    let _ = kill_process(pid, Signal::TERM);
-                }
-                // Whether it is lost is not known yet: the next try tells.
-                Err(_) | Ok(()) => {}
+            // With any other error it is not known yet whether it is lost: the next try tells.
+            _ = extend.tick(), if lost.is_none() => if let Err(error @ Error::Refused(_)) = hold.extend(length).await {
+                lost = Some(error);
+                let _ = kill_process(pid, Signal::TERM);
             },
         }
     }

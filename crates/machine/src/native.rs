@@ -4,6 +4,7 @@
 use crate::apply::{Commit, Machine};
 use crate::coded::{coded_enum, coded_struct};
 use crate::elections::ElectionReply;
+use crate::lock_ops::LockReply;
 use crate::reply::{OpReply, Rejection};
 use crate::types::SessionId;
 use crate::waits::Waiter;
@@ -78,6 +79,7 @@ impl NativeReply {
     /// The session under which the caller now holds something.
     pub fn session(&self) -> Option<SessionId> {
         match self {
+            Self::Lock(LockReply::Granted(grant)) => Some(grant.session),
             Self::Election(ElectionReply::Elected(elected)) => Some(elected.session),
             Self::Election(ElectionReply::Withdrawn(withdrawn)) => Some(withdrawn.elected?.session),
             _ => None,

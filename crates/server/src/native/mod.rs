@@ -279,14 +279,14 @@ impl Finish {
         };
         let written = reply.map_err(failed)?;
         let (reply, remaining_ms) = (written.reply, written.remaining_ms);
-        let header = Some(header(reply.revision, reply.replayed));
+        let header = header(reply.revision, reply.replayed);
         let refused = |rejection| self.refused(context, rejection);
         let result = match reply.result {
             Ok(result) => result,
             Err(rejection) => return Err(refused(rejection)),
         };
         if let Self::Native(finish) = self {
-            let mut header = header.unwrap_or_default();
+            let mut header = header;
             identify(context, &mut header);
             let reply = result.results.into_iter().next().ok_or_else(mixed_up)?;
             if let OpReply::ResultNotRetained = reply {
@@ -298,10 +298,11 @@ impl Finish {
             if let [OpReply::ResultNotRetained] = result.results[..] {
                 return Err(Box::new(words::not_retained()));
             }
-            let mut header = header.unwrap_or_default();
+            let mut header = header;
             identify(context, &mut header);
             return finish(context, header, result, remaining_ms).map(Answer::Unary);
         }
+        let header = Some(header);
         if let Self::Txn = self {
             return kv::txn_answer(header, &result).map(Answer::Txn);
         }

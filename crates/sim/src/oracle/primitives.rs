@@ -20,6 +20,9 @@ struct Count {
     unknown: i64,
 }
 
+/// The numbers of a sequence that a commit gave, from and to, by its revision.
+type Given = BTreeMap<u64, (u64, u64)>;
+
 /// What is known of one job.
 #[derive(Debug, Default)]
 struct Seen {
@@ -42,8 +45,7 @@ struct Once {
 #[derive(Default)]
 pub struct Primitives {
     counters: BTreeMap<Box<[u8]>, Count>,
-    /// The numbers that a commit gave: from, to.
-    numbers: BTreeMap<Box<[u8]>, BTreeMap<u64, (u64, u64)>>,
+    numbers: BTreeMap<Box<[u8]>, Given>,
     jobs: BTreeMap<JobId, Seen>,
     /// The call that put a marker, and the revision.
     marked: BTreeMap<Box<str>, (u64, u64)>,
