@@ -560,7 +560,7 @@ impl<'a> Watcher<'a> {
                         };
                         // The name of a thing begins with the letter of its kind.
                         let name = record.name().get(1..).unwrap_or_default();
-                        self.tell(&text(name), config.as_ref(), resume).await?;
+                        self.tell(&text(name), config.as_deref(), resume).await?;
                     }
                 }
                 Followed::Through(revision) => {
