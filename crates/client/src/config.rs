@@ -5,6 +5,7 @@
 //! not at all and checked when it is read.
 //! Not promised. That a value is the newest: following takes its time, and a stale one is as old as its file.
 
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::future::IntoFuture;
 use std::io::{self, Write as _};
@@ -217,7 +218,7 @@ impl Client {
         PublishConfig { client: self, request }
     }
 
-    /// Publishes a copy of an older version.
+    /// Publishes a copy of an older version, only if `expect_version` is the current one, where that is told.
     ///
     /// # Errors
     /// [`Code::NotFound`] if that version is not kept, [`Code::Conflict`] while there is a candidate, [`Code::Invalid`] if it does not satisfy the schema
@@ -226,17 +227,18 @@ impl Client {
         &self,
         key: impl Into<String>,
         version: u64,
+        expect_version: Option<u64>,
         author: &str,
         comment: &str,
     ) -> Result<ConfigChange, Error> {
         let request = v1::ConfigRollbackRequest {
             key: key.into(),
             version,
+            expect_version,
             author: author.to_owned(),
             comment: comment.to_owned(),
             namespace: self.namespace(),
             request: Some(one_shot()?),
-            ..Default::default()
         };
         let reply = self.config_write("roll config back", |channel| {
             let (mut configs, request) = (configs(channel), request.clone());
@@ -304,18 +306,20 @@ impl Client {
         Ok(reply.into())
     }
 
-    /// Deletes a key. Its versions stay readable and its numbers go on.
+    /// Deletes a key, only if `expect_version` is the current one, where that is told. Its versions stay readable and its numbers go on.
     ///
     /// # Errors
-    /// [`Code::NotFound`] if there is none.
+    /// [`Code::NotFound`] if there is none, [`Code::Conflict`] if it is at another version, or has a candidate.
     pub async fn delete_config(
         &self,
         key: impl Into<String>,
+        expect_version: Option<u64>,
         author: &str,
         comment: &str,
     ) -> Result<ConfigChange, Error> {
         let request = v1::ConfigDeleteRequest {
             key: key.into(),
+            expect_version,
             author: author.to_owned(),
             comment: comment.to_owned(),
             namespace: self.namespace(),
@@ -329,32 +333,38 @@ impl Client {
         reply.await.map(ConfigChange::from)
     }
 
-    /// The current version of a key; `None` if there is none.
+    /// Reads what an instance is given of a key, or one version of it; `None` if there is none.
     ///
-    /// # Errors
-    /// When no member answers.
-    pub async fn config(&self, key: impl Into<String>) -> Result<Option<ConfigVersion>, Error> {
-        self.config_version(key, 0).await
+    /// ```no_run
+    /// # async fn example(client: tenure_client::Client) -> Result<(), tenure_client::Error> {
+    /// if let Some(limits) = client.read_config("app/limits").await? {
+    ///     println!("version {}: {:?}", limits.version, limits.text());
+    /// }
+    /// # Ok(()) }
+    /// ```
+    #[must_use = "nothing is read before .await"]
+    pub fn read_config(&self, key: impl Into<String>) -> ReadConfig<'_> {
+        let request = v1::ConfigGetRequest { key: key.into(), namespace: self.namespace(), ..Default::default() };
+        ReadConfig { client: self, request }
     }
 
-    /// One version of a key, 0 being the current one; `None` if it is not kept.
+    /// The JSON Schema in force for a key; `None` if there is none.
     ///
     /// # Errors
-    /// When no member answers.
-    pub async fn config_version(&self, key: impl Into<String>, version: u64) -> Result<Option<ConfigVersion>, Error> {
-        let request =
-            v1::ConfigGetRequest { key: key.into(), version, namespace: self.namespace(), ..Default::default() };
-        let reply = self
-            .read(|channel| {
-                let (mut configs, request) = (configs(channel), request.clone());
-                async move { configs.get(request).await }
-            })
-            .await;
-        match reply {
-            Ok(reply) => Ok(reply.version.map(ConfigVersion::from)),
-            Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+    /// [`Code::NotFound`] if there is no such key.
+    pub async fn config_schema(&self, key: impl Into<String>) -> Result<Option<String>, Error> {
+        let (key, namespace) = (key.into(), self.namespace());
+        let request = v1::ConfigGetRequest { key, schema: true, namespace, ..Default::default() };
+        let reply = self.get_config(&request).await?;
+        Ok(Some(reply.schema_text).filter(|_| reply.schema > 0))
+    }
+
+    async fn get_config(&self, request: &v1::ConfigGetRequest) -> Result<v1::ConfigGetReply, Error> {
+        let reply = self.read(|channel| {
+            let (mut configs, request) = (configs(channel), request.clone());
+            async move { configs.get(request).await }
+        });
+        reply.await
     }
 
     /// The versions of a key that are kept, the newest first, without contents.
@@ -419,6 +429,22 @@ impl Client {
         FollowConfig { client: self.clone(), request, cache: None, patience: Duration::from_secs(5) }
     }
 
+    /// Follows what is given of a key, or of all that begin with a prefix.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tenure_client::Client) -> Result<(), tenure_client::Error> {
+    /// let mut watch = client.watch_config("app/").prefix().open();
+    /// loop {
+    ///     println!("{:?}", watch.next().await?);
+    /// }
+    /// # }
+    /// ```
+    #[must_use = "nothing is followed before .open()"]
+    pub fn watch_config(&self, key: impl Into<String>) -> WatchConfig {
+        let request = v1::ConfigWatchRequest { key: key.into(), namespace: self.namespace(), ..Default::default() };
+        WatchConfig { client: self.clone(), request }
+    }
+
     /// A change that the pipeline does not take, since it looks at the state first. Tries under one request id are one change.
     async fn config_write<T, F, Fut>(&self, what: &'static str, ask: F) -> Result<T, Error>
     where
@@ -435,6 +461,202 @@ impl Client {
 
 fn configs(channel: Channel) -> v1::configs_client::ConfigsClient<Channel> {
     v1::configs_client::ConfigsClient::new(channel).max_decoding_message_size(crate::pipeline::RECEIVE_BYTES)
+}
+
+/// A key to be read; see [`Client::read_config`].
+#[derive(Clone, Debug)]
+pub struct ReadConfig<'a> {
+    client: &'a Client,
+    request: v1::ConfigGetRequest,
+}
+
+impl<'a> ReadConfig<'a> {
+    /// This version; 0 is what the instance is given.
+    #[must_use]
+    pub fn version(mut self, version: u64) -> Self {
+        self.request.version = version;
+        self
+    }
+
+    /// Which instance asks. Without it and labels the answer is the current version.
+    #[must_use]
+    pub fn instance(mut self, instance: impl Into<String>) -> Self {
+        self.request.instance = instance.into();
+        self
+    }
+
+    /// A label of the instance.
+    #[must_use]
+    pub fn label(mut self, name: &str, value: &str) -> Self {
+        self.request.labels.push(format!("{name}={value}"));
+        self
+    }
+
+    async fn run(self) -> Result<Option<ConfigVersion>, Error> {
+        match self.client.get_config(&self.request).await {
+            Ok(reply) => Ok(reply.version.map(ConfigVersion::from)),
+            Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl<'a> IntoFuture for ReadConfig<'a> {
+    type Output = Result<Option<ConfigVersion>, Error>;
+    type IntoFuture = Answering<'a, Option<ConfigVersion>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.run())
+    }
+}
+
+/// What became of a key; see [`ConfigWatch`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConfigEvent {
+    /// From now on the instance is given this version.
+    Given(ConfigVersion),
+    /// There is nothing for this key any more.
+    Deleted(String),
+}
+
+/// A watch to be opened; see [`Client::watch_config`].
+#[derive(Clone, Debug)]
+pub struct WatchConfig {
+    client: Client,
+    request: v1::ConfigWatchRequest,
+}
+
+impl WatchConfig {
+    /// Follows every key that begins with the one given.
+    #[must_use]
+    pub fn prefix(mut self) -> Self {
+        self.request.prefix = true;
+        self
+    }
+
+    /// Which instance asks. Without it and labels current versions are told.
+    #[must_use]
+    pub fn instance(mut self, instance: impl Into<String>) -> Self {
+        self.request.instance = instance.into();
+        self
+    }
+
+    /// A label of the instance.
+    #[must_use]
+    pub fn label(mut self, name: &str, value: &str) -> Self {
+        self.request.labels.push(format!("{name}={value}"));
+        self
+    }
+
+    /// Opens it: the first [`ConfigWatch::next`] connects.
+    #[must_use]
+    pub fn open(self) -> ConfigWatch {
+        let Self { client, request } = self;
+        let (told, before) = (BTreeMap::new(), BTreeSet::new());
+        ConfigWatch { client, request, stream: None, told, before, events: VecDeque::new(), tries: 0 }
+    }
+}
+
+/// What is given of some keys: first what there is, then each change, over every loss of the connection.
+#[derive(Debug)]
+pub struct ConfigWatch {
+    client: Client,
+    request: v1::ConfigWatchRequest,
+    stream: Option<tonic::Streaming<v1::ConfigWatchReply>>,
+    /// What was told last of each key, by number and revision: another beginning tells it again.
+    told: BTreeMap<String, (u64, u64)>,
+    /// What had been told when the service began anew, and was not told again yet.
+    before: BTreeSet<String>,
+    events: VecDeque<ConfigEvent>,
+    tries: usize,
+}
+
+impl ConfigWatch {
+    /// The next event; it waits for it as long as it takes. It may be dropped and called again at any time.
+    ///
+    /// # Errors
+    /// When the service refuses to be watched. Members that are away are tried again, for ever.
+    pub async fn next(&mut self) -> Result<ConfigEvent, Error> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            let error = match self.stream.as_mut() {
+                None => match self.open().await {
+                    Ok(()) => continue,
+                    Err(error) => error,
+                },
+                Some(stream) => match timeout(SILENCE_MAX, stream.message()).await {
+                    Ok(Ok(Some(reply))) => {
+                        self.tries = 0;
+                        self.take(reply);
+                        continue;
+                    }
+                    Ok(Ok(None)) => Error::Unavailable { why: "the stream ended".to_owned() },
+                    Ok(Err(status)) => of_read(&status),
+                    Err(_) => Error::Unavailable { why: "the stream is silent".to_owned() },
+                },
+            };
+            self.stream = None;
+            if matches!(error.code(), Some(Code::Invalid | Code::Denied | Code::Unauthenticated | Code::NotFound)) {
+                return Err(error);
+            }
+            tracing::debug!(key = self.request.key, %error, "a watch of configuration is opened again");
+            let pause = PAUSE_MIN * 2_u32.pow(u32::try_from(self.tries.min(10)).unwrap_or(10));
+            self.tries += 1;
+            sleep(pause.min(PAUSE_MAX)).await;
+        }
+    }
+
+    async fn open(&mut self) -> Result<(), Error> {
+        let channels = self.client.channels();
+        let channel = channels[self.tries % channels.len()].clone();
+        let mut configs = configs(channel);
+        let opened = timeout(self.client.timeout(), configs.watch(self.request.clone())).await;
+        let opened = opened.map_err(|_| Error::Unavailable { why: "no answer in time".to_owned() })?;
+        self.stream = Some(opened.map_err(|status| of_read(&status))?.into_inner());
+        if self.request.resume.is_empty() {
+            self.begin_anew();
+        }
+        Ok(())
+    }
+
+    fn begin_anew(&mut self) {
+        self.before = self.told.keys().cloned().collect();
+    }
+
+    fn take(&mut self, reply: v1::ConfigWatchReply) {
+        use v1::config_watch_reply::Type;
+        if !reply.resume.is_empty() {
+            self.request.resume.clone_from(&reply.resume);
+        }
+        match (reply.r#type(), reply.version) {
+            (Type::Given, Some(version)) => {
+                let version = ConfigVersion::from(version);
+                let now = (version.version, version.revision);
+                self.before.remove(&version.key);
+                if self.told.insert(version.key.clone(), now) != Some(now) {
+                    self.events.push_back(ConfigEvent::Given(version));
+                }
+            }
+            (Type::Deleted, Some(version)) => self.gone(version.key),
+            (Type::Reset, _) => {
+                // Should the connection be lost before all is told, everything must be told once more.
+                self.request.resume.clear();
+                self.begin_anew();
+            }
+            (Type::Synced, _) => std::mem::take(&mut self.before).into_iter().for_each(|key| self.gone(key)),
+            _ => {}
+        }
+    }
+
+    fn gone(&mut self, key: String) {
+        self.before.remove(&key);
+        if self.told.remove(&key).is_some() {
+            self.events.push_back(ConfigEvent::Deleted(key));
+        }
+    }
 }
 
 /// A key to be followed; see [`Client::follow_config`].
@@ -580,10 +802,7 @@ impl Client {
             namespace: request.namespace.clone(),
             ..Default::default()
         };
-        let reply = self.read(|channel| {
-            let (mut configs, get) = (configs(channel), get.clone());
-            async move { configs.get(get).await }
-        });
+        let reply = self.get_config(&get);
         reply.await?.version.map(ConfigVersion::from).ok_or_else(|| crate::client::mismatched("get config"))
     }
 }
@@ -612,6 +831,10 @@ async fn keep<T, R>(
                             pause = PAUSE_MIN;
                             if !reply.resume.is_empty() {
                                 request.resume.clone_from(&reply.resume);
+                            }
+                            if reply.r#type() == v1::config_watch_reply::Type::Reset {
+                                // Should it be lost before all is told, everything must be told once more.
+                                request.resume.clear();
                             }
                             taking.take(reply);
                         }

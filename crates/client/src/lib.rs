@@ -61,7 +61,10 @@ mod watch;
 
 pub use client::{Client, ClientOptions, RETRY_MAX};
 pub use clock::BootTime;
-pub use config::{Config, ConfigChange, ConfigRollout, ConfigVersion, FollowConfig, PublishConfig};
+pub use config::{
+    Config, ConfigChange, ConfigEvent, ConfigRollout, ConfigVersion, ConfigWatch, FollowConfig, PublishConfig,
+    ReadConfig, WatchConfig,
+};
 pub use counter::{Counter, CounterAdd, CounterDelete, CounterInfo, CounterSet, Sequence, SequenceInfo};
 pub use election::{Election, ElectionCandidate, ElectionInfo, ElectionLeader, Leadership, Observing};
 pub use error::{Code, Error, Holder, Outcome, Problem};

@@ -19,8 +19,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tenure_machine::{
-    Counts, Key, LockCounts, Machine, MemberId, Memory, OpReply, Range, RangeReply, Record, Rejection, Reply, Revision,
-    SessionId, SessionToken, Span, Ticket, Txn, TxnReply,
+    Counts, Key, LockCounts, LockReply, Machine, MemberId, Memory, NativeReply, OpReply, Range, RangeReply, Record,
+    Rejection, Reply, Revision, SessionId, SessionToken, Span, Ticket, Txn, TxnReply,
 };
 use tenure_replica::{Alarm, Answer, Effects, Job, JobDone, Lane, Member, Millis, Refusal, Renewal, Status, run_job};
 use tokio::sync::oneshot;
@@ -1132,8 +1132,11 @@ impl Loop {
             Answer::Done(reply) => {
                 let held = reply.result.as_ref().ok().and_then(|result| match result.results.first() {
                     Some(OpReply::LockGranted(grant)) => Some(grant.session),
+                    Some(OpReply::Native(reply)) => match &**reply {
+                        NativeReply::Lock(LockReply::Granted(grant)) => Some(grant.session),
+                        other => other.session(),
+                    },
                     Some(OpReply::SessionCreated { id, .. }) => Some(*id),
-                    Some(OpReply::Native(reply)) => reply.session(),
                     _ => None,
                 });
                 let remaining_ms = held.and_then(|session| self.member.remaining_ms(session, now())).unwrap_or(0);
