@@ -6,6 +6,7 @@
 
 mod bench;
 mod common;
+mod config;
 mod counter;
 mod elect;
 mod idem;
@@ -60,6 +61,8 @@ enum Command {
     Session(session::SessionArgs),
     /// Run a command under a lock
     Lock(lock::LockArgs),
+    /// Publish, read, follow and roll back configuration
+    Config(config::ConfigArgs),
     /// Add to counters and take numbers from sequences
     Counter(counter::CounterArgs),
     /// Run a command while elected, or look at an election
@@ -126,6 +129,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Watch(args) => block_on(watch::run(&common, args)),
         Command::Session(args) => block_on(session::run(&common, args)),
         Command::Lock(args) => block_on(lock::run(&common, args)),
+        Command::Config(args) => block_on(config::run(&common, args)),
         Command::Counter(args) => block_on(counter::run(&common, args)),
         Command::Elect(args) => block_on(elect::run(&common, args)),
         Command::Idem(args) => block_on(idem::run(&common, args)),
