@@ -129,7 +129,7 @@ fn a_watch_tells_what_there_is_and_goes_on_over_a_restart() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_client_runs_on_the_last_known_good() {
     let mut server = Server::start(&[]);
-    let client = Client::new(&[&server.address]).unwrap();
+    let client = Client::with_options([&server.address], tenure_client::ClientOptions::default()).unwrap();
     let file = server.folder.path().join("limit.config");
     let read = |content: &[u8]| std::str::from_utf8(content).ok()?.parse::<u32>().ok();
     let open = async |key: &str| {
