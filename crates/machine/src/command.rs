@@ -2,6 +2,7 @@
 //!
 //! The written encoding of these types is in `codec.rs`; docs/formats.md shows the bytes.
 
+use crate::native::PRIMITIVES;
 use crate::types::*;
 use std::fmt;
 
@@ -50,10 +51,28 @@ pub struct Txn {
 }
 
 impl Txn {
+    /// The behaviour version from which every member can read it. Below that it must not be proposed: an older release would stop at the entry.
+    pub fn behaviour_needed(&self) -> u16 {
+        lists_need(&self.compares, &self.then, &self.otherwise)
+    }
+
     /// A transaction of one operation.
     pub fn of(op: Op) -> Self {
         Self { then: vec![op], ..Self::default() }
     }
+}
+
+fn lists_need(compares: &[Compare], then: &[Op], otherwise: &[Op]) -> u16 {
+    let compares = compares.iter().map(|compare| match compare.target {
+        CompareTarget::Condition(_) => PRIMITIVES,
+        _ => 1,
+    });
+    let ops = then.iter().chain(otherwise).map(|op| match op {
+        Op::Native(_) => PRIMITIVES,
+        Op::Txn(sub) => lists_need(&sub.compares, &sub.then, &sub.otherwise),
+        _ => 1,
+    });
+    compares.chain(ops).max().unwrap_or(1)
 }
 
 /// The name of a mutating request, so that a retry is answered and not repeated.

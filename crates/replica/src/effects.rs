@@ -55,6 +55,10 @@ pub enum Refusal {
         max: usize,
     },
     Stopping,
+    /// The cluster has not reached the behaviour version that the request needs: a member of an older release could not read it.
+    NotYet {
+        behaviour: u16,
+    },
 }
 
 impl fmt::Display for Refusal {
@@ -66,6 +70,9 @@ impl fmt::Display for Refusal {
             Self::DiskFull => write!(f, "the disk is nearly full, only requests that free space are taken"),
             Self::TooLarge { bytes, max } => write!(f, "the request has {bytes} bytes, at most {max} are taken"),
             Self::Stopping => write!(f, "the member is stopping"),
+            Self::NotYet { behaviour } => {
+                write!(f, "this needs behaviour version {behaviour}, which the cluster has not reached")
+            }
         }
     }
 }

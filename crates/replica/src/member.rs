@@ -397,6 +397,10 @@ impl<D: Disk> Member<D> {
         if bytes > self.config.max_request_bytes {
             return Err(Refusal::TooLarge { bytes, max: self.config.max_request_bytes });
         }
+        let behaviour = txn.behaviour_needed();
+        if behaviour > self.machine.behaviour() {
+            return Err(Refusal::NotYet { behaviour });
+        }
         let waits = self.queue.len() + self.sent.len();
         let waiting_bytes = self.queue_bytes + self.sent_bytes;
         if waits >= self.config.max_queued || waiting_bytes + bytes > self.config.max_queued_bytes {

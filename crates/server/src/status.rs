@@ -94,6 +94,8 @@ pub(crate) fn etcd_failure(failure: &Failure) -> Status {
             Refusal::NoQuorum => NO_LEADER,
             Refusal::Memory(_) | Refusal::DiskFull => NO_SPACE,
             Refusal::TooLarge { .. } => REQUEST_TOO_LARGE,
+            // No call of etcd's needs more than the first version.
+            Refusal::NotYet { .. } => UNKNOWN_METHOD,
             Refusal::Stopping => STOPPED,
         },
     };
@@ -315,6 +317,7 @@ pub(crate) fn native_failure(failure: &Failure, kind: Kind) -> v1::Error {
             fact(&mut e, "flag", "--disk-reserve");
             e
         }
+        Failure::Refused(refusal @ Refusal::NotYet { .. }) => error("INVALID", refusal.to_string(), kind),
         Failure::Refused(refusal @ Refusal::TooLarge { .. }) => {
             let mut e = error("TOO_LARGE", refusal.to_string(), kind);
             fact(&mut e, "flag", "--max-request-bytes");

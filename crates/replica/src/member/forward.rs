@@ -227,7 +227,8 @@ impl<D: Disk> Member<D> {
                 Err(Refusal::Memory(_)) => NotTaken::Memory,
                 Err(Refusal::DiskFull) => NotTaken::DiskFull,
                 Err(Refusal::Stopping) => NotTaken::Stopping,
-                Err(Refusal::NoQuorum) => NotTaken::Elsewhere,
+                // A leader that has not applied as much as the member that asks: it will have soon.
+                Err(Refusal::NoQuorum | Refusal::NotYet { .. }) => NotTaken::Elsewhere,
                 Err(Refusal::Overloaded | Refusal::TooLarge { .. }) => NotTaken::Overloaded,
             };
             refused.push((number, why));

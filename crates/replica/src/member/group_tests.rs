@@ -4,7 +4,7 @@ use crate::config::Join;
 use crate::disk::MemoryDisk;
 use crate::job::run_job;
 use crate::peer::PeerRefusal;
-use tenure_machine::{MemberRole, OpReply, Reply};
+use tenure_machine::{CounterAdd, CounterOp, MemberRole, OpReply, Reply};
 
 /// One member with its folder and its worker.
 struct Node {
@@ -616,6 +616,10 @@ fn the_oldest_release_decides_what_is_followed() {
     group.until("three are registered", |g| g.is_registered(3));
     group.pass(3_000);
     assert_eq!(group.member(leader).machine().behaviour(), 1);
+    // What the older release could not read is not even proposed: it would stop at the entry.
+    let add = CounterAdd { name: b"c"[..].into(), delta: 1, min: None, max: None };
+    let native = Txn::of(CounterOp::Add(add).into());
+    assert_eq!(group.member(leader).submit(native), Err(Refusal::NotYet { behaviour: 3 }));
     group.crash(3);
     let at = group.at(3);
     group.nodes[at].config.behaviour = tenure_machine::BEHAVIOUR;
