@@ -1627,8 +1627,10 @@ pub struct ObserveReply {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum ElectionState {
-    Vacant = 0,
-    Elected = 1,
+    /// Never told.
+    Unspecified = 0,
+    Vacant = 1,
+    Elected = 2,
 }
 impl ElectionState {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1637,6 +1639,7 @@ impl ElectionState {
     /// (if the ProtoBuf definition does not change) and safe for programmatic use.
     pub fn as_str_name(&self) -> &'static str {
         match self {
+            Self::Unspecified => "ELECTION_STATE_UNSPECIFIED",
             Self::Vacant => "VACANT",
             Self::Elected => "ELECTED",
         }
@@ -1644,6 +1647,7 @@ impl ElectionState {
     /// Creates an enum from field names used in the ProtoBuf definition.
     pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
         match value {
+            "ELECTION_STATE_UNSPECIFIED" => Some(Self::Unspecified),
             "VACANT" => Some(Self::Vacant),
             "ELECTED" => Some(Self::Elected),
             _ => None,
