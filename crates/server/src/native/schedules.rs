@@ -1,6 +1,0 @@
-//! Native schedules.
-
-use crate::Context;
-use crate::rpc::Router;
-
-pub(crate) fn mount(_: &mut Router, _: &Context) {}
