@@ -251,7 +251,7 @@ async fn wrong_protobuf_frames_and_content_types() {
     let over_http1 =
         common::http(&server.address, "POST", put, "content-type: application/grpc\r\n", &frame(good)).unwrap();
     assert_eq!(over_http1.status, 505, "{over_http1:?}");
-    assert_eq!(common::http(&server.address, "DELETE", "/v1/kv/k", "", b"").unwrap().status, 405);
+    assert_eq!(common::http(&server.address, "DELETE", "/v1/locks/k", "", b"").unwrap().status, 405);
     assert_eq!(common::http(&server.address, "GET", "/v1/nothing", "", b"").unwrap().status, 404);
     assert_eq!(state(&mut kv).await, before);
 
