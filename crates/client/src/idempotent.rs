@@ -717,7 +717,7 @@ impl Attempt {
         self.checkpoints().iter().find(|checkpoint| checkpoint.name == name)
     }
 
-    /// The key of one step of this operation, for a call further down; see [`derive`].
+    /// The key of one step of this operation, for a call further down; see [`derive()`].
     #[must_use]
     pub fn derive(&self, step: &str) -> String {
         derive(self.key(), step)
