@@ -119,17 +119,21 @@ async fn closed_loop_during<C: Client, T>(
     let mut figures = window.close(Histogram::new(), 0, 0)?;
     stop.store(true, Ordering::Relaxed);
     let (mut least, mut most) = (u64::MAX, 0);
+    let mut last = None;
     for task in tasks {
         let (latencies, errors, last_error) = task.await?;
         figures.latencies.merge(&latencies);
         figures.errors += errors;
         least = least.min(latencies.count());
         most = most.max(latencies.count());
-        if let Some(e) = last_error
-            && latencies.count() == 0
-        {
-            return Err(e.context("a client never got an answer"));
+        match last_error {
+            Some(e) if latencies.count() == 0 => return Err(e.context("a client never got an answer")),
+            Some(e) => last = Some(e),
+            None => {}
         }
+    }
+    if let Some(e) = last {
+        eprintln!("{} operations failed, the last one by: {e:#}", figures.errors);
     }
     figures.operations = figures.latencies.count();
     figures.fairness = Some((most, least));

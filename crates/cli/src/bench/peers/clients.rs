@@ -4,8 +4,9 @@ use super::super::load::{Client, Numbers};
 use super::servers::Server;
 use anyhow::{Context as _, Result, bail, ensure};
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
 
 /// Bytes of a job.
 pub(crate) const JOB_BYTES: usize = 256;
@@ -13,8 +14,8 @@ pub(crate) const JOB_BYTES: usize = 256;
 const LOCK_MS: u64 = 10_000;
 
 /// A line protocol over TCP.
-struct Line {
-    stream: BufReader<TcpStream>,
+struct Line<S = TcpStream> {
+    stream: BufReader<S>,
     line: Vec<u8>,
 }
 
@@ -28,7 +29,9 @@ impl Line {
     async fn send(&mut self, bytes: &[u8]) -> Result<()> {
         Ok(self.stream.get_mut().write_all(bytes).await?)
     }
+}
 
+impl<S: AsyncRead + Unpin> Line<S> {
     /// The next line, without its end.
     async fn line(&mut self) -> Result<&str> {
         self.line.clear();
@@ -48,7 +51,7 @@ impl Line {
 // ---- Redis ----
 
 /// A connection that speaks RESP.
-struct Redis(Line);
+struct Redis<S = TcpStream>(Line<S>);
 
 #[derive(Debug)]
 enum Resp {
@@ -58,18 +61,25 @@ enum Resp {
     List(Vec<Resp>),
 }
 
+fn resp_call(b: &mut Vec<u8>, words: &[&[u8]]) {
+    b.extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
+    for word in words {
+        b.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
+        b.extend_from_slice(word);
+        b.extend_from_slice(b"\r\n");
+    }
+}
+
 impl Redis {
     async fn call(&mut self, words: &[&[u8]]) -> Result<Resp> {
-        let mut b = format!("*{}\r\n", words.len()).into_bytes();
-        for word in words {
-            b.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
-            b.extend_from_slice(word);
-            b.extend_from_slice(b"\r\n");
-        }
+        let mut b = Vec::new();
+        resp_call(&mut b, words);
         self.0.send(&b).await?;
         self.answer().await
     }
+}
 
+impl<S: AsyncRead + Unpin + Send> Redis<S> {
     async fn answer(&mut self) -> Result<Resp> {
         let line = self.0.line().await?.to_owned();
         let (kind, rest) = line.split_at_checked(1).context("an empty answer")?;
@@ -111,38 +121,84 @@ impl RedisQueue {
     }
 }
 
-impl Client for RedisQueue {
-    async fn operate(&mut self) -> Result<()> {
-        self.redis.call(&[b"XADD", b"jobs", b"*", b"p", &self.job]).await?;
-        let read: [&[u8]; 11] = [
-            b"XREADGROUP",
-            b"GROUP",
-            b"g",
-            self.consumer.as_bytes(),
-            b"COUNT",
-            b"1",
-            b"BLOCK",
-            b"5000",
-            b"STREAMS",
-            b"jobs",
-            b">",
-        ];
-        let got = self.redis.call(&read).await?;
-        let id = first_id(&got).context("no job came")?.to_vec();
-        // Both in one write, as a pipelining client sends them.
-        let mut both = Vec::new();
-        for words in [&[&b"XACK"[..], b"jobs", b"g", &id][..], &[b"XDEL", b"jobs", &id]] {
-            both.extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
-            for word in words {
-                both.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
-                both.extend_from_slice(word);
-                both.extend_from_slice(b"\r\n");
-            }
-        }
-        self.redis.0.send(&both).await?;
+impl RedisQueue {
+    fn add(&self, b: &mut Vec<u8>) {
+        resp_call(b, &[b"XADD", b"jobs", b"*", b"p", &self.job]);
+    }
+
+    fn read(&self, b: &mut Vec<u8>) {
+        let group: [&[u8]; 4] = [b"XREADGROUP", b"GROUP", b"g", self.consumer.as_bytes()];
+        let what: [&[u8]; 7] = [b"COUNT", b"1", b"BLOCK", b"5000", b"STREAMS", b"jobs", b">"];
+        resp_call(b, &[&group[..], &what].concat());
+    }
+
+    fn done(b: &mut Vec<u8>, id: &[u8]) {
+        resp_call(b, &[b"XACK", b"jobs", b"g", id]);
+        resp_call(b, &[b"XDEL", b"jobs", id]);
+    }
+
+    async fn added(&mut self) -> Result<()> {
+        ensure!(matches!(self.redis.answer().await?, Resp::Text(_)), "the job was not added");
+        Ok(())
+    }
+
+    async fn got(&mut self) -> Result<Vec<u8>> {
+        let got = self.redis.answer().await?;
+        Ok(first_id(&got).context("no job came")?.to_vec())
+    }
+
+    async fn acknowledged(&mut self) -> Result<()> {
         for _ in 0..2 {
             ensure!(matches!(self.redis.answer().await?, Resp::Number(1)), "the job was not acknowledged");
         }
+        Ok(())
+    }
+}
+
+impl Client for RedisQueue {
+    async fn operate(&mut self) -> Result<()> {
+        let mut b = Vec::new();
+        self.add(&mut b);
+        self.redis.0.send(&b).await?;
+        self.added().await?;
+        b.clear();
+        self.read(&mut b);
+        self.redis.0.send(&b).await?;
+        let id = self.got().await?;
+        b.clear();
+        Self::done(&mut b, &id);
+        self.redis.0.send(&b).await?;
+        self.acknowledged().await
+    }
+}
+
+/// A worker that sends the ack of the job before, a new job and the next receive in one write.
+pub(crate) struct Together<Q> {
+    queue: Q,
+    done: Option<Vec<u8>>,
+}
+
+impl<Q> Together<Q> {
+    pub(crate) fn new(queue: Q) -> Self {
+        Self { queue, done: None }
+    }
+}
+
+impl Client for Together<RedisQueue> {
+    async fn operate(&mut self) -> Result<()> {
+        let mut b = Vec::new();
+        let done = self.done.take();
+        if let Some(id) = &done {
+            RedisQueue::done(&mut b, id);
+        }
+        self.queue.add(&mut b);
+        self.queue.read(&mut b);
+        self.queue.redis.0.send(&b).await?;
+        if done.is_some() {
+            self.queue.acknowledged().await?;
+        }
+        self.queue.added().await?;
+        self.done = Some(self.queue.got().await?);
         Ok(())
     }
 }
@@ -176,6 +232,65 @@ impl Client for RedisOnce {
         let (key, is_first) = self.keys.next();
         let got = self.redis.call(&[b"SET", key.as_bytes(), &self.value, b"NX", b"GET", b"EX", b"86400"]).await?;
         ensure!(matches!(got, Resp::Nil) == is_first, "the key was not as expected");
+        Ok(())
+    }
+}
+
+/// One connection for many callers: what they ask for while a write is under way leaves in the next one.
+#[derive(Clone)]
+pub(crate) struct RedisShared(mpsc::UnboundedSender<(Vec<u8>, oneshot::Sender<Resp>)>);
+
+impl RedisShared {
+    pub(crate) async fn connect(server: &Server) -> Result<Self> {
+        let stream = TcpStream::connect(("127.0.0.1", server.port)).await?;
+        stream.set_nodelay(true)?;
+        let (read, mut write) = stream.into_split();
+        let (calls, mut queue) = mpsc::unbounded_channel::<(Vec<u8>, oneshot::Sender<Resp>)>();
+        let (asked, mut answers) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(first) = queue.recv().await {
+                let mut b = Vec::new();
+                let mut next = Some(first);
+                while let Some((call, answer)) = next {
+                    b.extend_from_slice(&call);
+                    let _ = asked.send(answer);
+                    next = queue.try_recv().ok();
+                }
+                write.write_all(&b).await?;
+            }
+            anyhow::Ok(())
+        });
+        tokio::spawn(async move {
+            let mut redis = Redis(Line { stream: BufReader::new(read), line: Vec::new() });
+            while let Some(answer) = answers.recv().await {
+                let _ = answer.send(redis.answer().await?);
+            }
+            anyhow::Ok(())
+        });
+        Ok(Self(calls))
+    }
+}
+
+/// As `RedisOnce`.
+pub(crate) struct RedisSharedOnce {
+    shared: RedisShared,
+    keys: Keys,
+    value: Vec<u8>,
+}
+
+impl RedisSharedOnce {
+    pub(crate) fn new(shared: RedisShared, i: usize) -> Self {
+        Self { shared, keys: Keys::new(i), value: Numbers::new(i as u64 + 1).bytes(JOB_BYTES) }
+    }
+}
+
+impl Client for RedisSharedOnce {
+    async fn operate(&mut self) -> Result<()> {
+        let (key, is_first) = self.keys.next();
+        let (mut call, (answer, answered)) = (Vec::new(), oneshot::channel());
+        resp_call(&mut call, &[b"SET", key.as_bytes(), &self.value, b"NX", b"GET", b"EX", b"86400"]);
+        self.shared.0.send((call, answer)).ok().context("the connection is gone")?;
+        ensure!(matches!(answered.await?, Resp::Nil) == is_first, "the key was not as expected");
         Ok(())
     }
 }
@@ -244,20 +359,70 @@ impl BeanstalkQueue {
     }
 }
 
-impl Client for BeanstalkQueue {
-    async fn operate(&mut self) -> Result<()> {
-        let mut put = format!("put 1024 0 60 {}\r\n", self.job.len()).into_bytes();
-        put.extend_from_slice(&self.job);
-        put.extend_from_slice(b"\r\n");
-        self.line.send(&put).await?;
+impl BeanstalkQueue {
+    fn put(&self, b: &mut Vec<u8>) {
+        b.extend_from_slice(format!("put 1024 0 60 {}\r\n", self.job.len()).as_bytes());
+        b.extend_from_slice(&self.job);
+        b.extend_from_slice(b"\r\n");
+    }
+
+    const RESERVE: &[u8] = b"reserve-with-timeout 5\r\n";
+
+    fn delete(b: &mut Vec<u8>, id: &[u8]) {
+        b.extend_from_slice(b"delete ");
+        b.extend_from_slice(id);
+        b.extend_from_slice(b"\r\n");
+    }
+
+    async fn inserted(&mut self) -> Result<()> {
         ensure!(self.line.line().await?.starts_with("INSERTED"), "not inserted");
-        self.line.send(b"reserve-with-timeout 5\r\n").await?;
+        Ok(())
+    }
+
+    async fn reserved(&mut self) -> Result<Vec<u8>> {
         let reserved = self.line.line().await?.to_owned();
         let words: Vec<&str> = reserved.split(' ').collect();
         let ["RESERVED", id, len] = words[..] else { bail!("beanstalkd says {reserved}") };
         self.line.body(len.parse()?).await?;
-        self.line.send(format!("delete {id}\r\n").as_bytes()).await?;
+        Ok(id.as_bytes().to_vec())
+    }
+
+    async fn deleted(&mut self) -> Result<()> {
         ensure!(self.line.line().await? == "DELETED", "not deleted");
+        Ok(())
+    }
+}
+
+impl Client for BeanstalkQueue {
+    async fn operate(&mut self) -> Result<()> {
+        let mut b = Vec::new();
+        self.put(&mut b);
+        self.line.send(&b).await?;
+        self.inserted().await?;
+        self.line.send(Self::RESERVE).await?;
+        let id = self.reserved().await?;
+        b.clear();
+        Self::delete(&mut b, &id);
+        self.line.send(&b).await?;
+        self.deleted().await
+    }
+}
+
+impl Client for Together<BeanstalkQueue> {
+    async fn operate(&mut self) -> Result<()> {
+        let mut b = Vec::new();
+        let done = self.done.take();
+        if let Some(id) = &done {
+            BeanstalkQueue::delete(&mut b, id);
+        }
+        self.queue.put(&mut b);
+        b.extend_from_slice(BeanstalkQueue::RESERVE);
+        self.queue.line.send(&b).await?;
+        if done.is_some() {
+            self.queue.deleted().await?;
+        }
+        self.queue.inserted().await?;
+        self.done = Some(self.queue.reserved().await?);
         Ok(())
     }
 }

@@ -15,7 +15,7 @@ use super::peer::{Kind, Peer, Programs};
 use anyhow::Result;
 use clients::{
     BeanstalkQueue, NatsQueue, PostgresLock, PostgresOnce, PostgresQueue, RedisLock, RedisOnce, RedisQueue,
-    prepare_postgres,
+    RedisShared, RedisSharedOnce, Together, prepare_postgres,
 };
 use servers::{Engine, Server};
 use std::path::PathBuf;
@@ -43,26 +43,37 @@ struct Work {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
-    /// Enqueue, receive and acknowledge a job of 256 bytes.
+    /// Enqueue, receive and acknowledge a job of 256 bytes, one request after the other.
     Queue,
+    /// The same; what need not wait for an answer is sent together, where the protocol can.
+    QueueTogether,
     /// Do once: Tenure begins and completes a record; the peers insert a key or return what is there, each key asked for twice.
     Once,
+    /// The same, all callers over one connection.
+    OnceShared,
     /// Take and give back one lock, all callers the same.
     Lock,
 }
 
 impl Work {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 7] = [
         Self { what: What::Queue, callers: 1 },
+        Self { what: What::QueueTogether, callers: 1 },
         Self { what: What::Queue, callers: 16 },
+        Self { what: What::QueueTogether, callers: 16 },
         Self { what: What::Once, callers: 64 },
+        Self { what: What::OnceShared, callers: 64 },
         Self { what: What::Lock, callers: 64 },
     ];
 
     fn name(self) -> String {
         match self.what {
+            What::Queue if self.callers == 1 => "queue, 1 worker".to_owned(),
             What::Queue => format!("queue, {} workers", self.callers),
+            What::QueueTogether if self.callers == 1 => "queue, 1 worker, requests sent together".to_owned(),
+            What::QueueTogether => format!("queue, {} workers, requests sent together", self.callers),
             What::Once => format!("idempotency, {} clients", self.callers),
+            What::OnceShared => format!("idempotency, {} callers on one connection", self.callers),
             What::Lock => format!("one lock, {} waiters", self.callers),
         }
     }
@@ -70,6 +81,8 @@ impl Work {
     fn engines(self) -> &'static [Engine] {
         match self.what {
             What::Queue => &[Engine::Postgres, Engine::Redis, Engine::Beanstalkd, Engine::Nats],
+            What::QueueTogether => &[Engine::Redis, Engine::Beanstalkd],
+            What::OnceShared => &[Engine::Redis],
             What::Once | What::Lock => &[Engine::Postgres, Engine::Redis],
         }
     }
@@ -126,8 +139,10 @@ async fn tenure_figures(programs: &Programs, work: Work, duration: Duration) -> 
     let peer = Peer::start(Kind::Tenure, programs).await?;
     let target = Target { endpoints: vec![peer.endpoint()], ..target(vec![peer.pid()], work.callers, duration) };
     match work.what {
-        What::Queue => tenure::queue(&target).await,
-        What::Once => tenure::once(&target).await,
+        What::Queue => tenure::queue(&target, false).await,
+        What::QueueTogether => tenure::queue(&target, true).await,
+        What::Once => tenure::once(&target, false).await,
+        What::OnceShared => tenure::once(&target, true).await,
         What::Lock => super::native::lock(&target, true).await,
     }
 }
@@ -140,11 +155,30 @@ async fn peer_figures(engine: Engine, work: Work, duration: Duration) -> Result<
     let (server, n) = (&server, work.callers);
     match (engine, work.what) {
         (Engine::Redis, What::Queue) => each(server, n, duration, |i| RedisQueue::connect(server, i)).await,
+        (Engine::Redis, What::QueueTogether) => {
+            each(server, n, duration, |i| async move { Ok(Together::new(RedisQueue::connect(server, i).await?)) }).await
+        }
+        (Engine::Redis, What::OnceShared) => {
+            let shared = RedisShared::connect(server).await?;
+            each(server, n, duration, |i| {
+                let asker = RedisSharedOnce::new(shared.clone(), i);
+                async move { Ok(asker) }
+            })
+            .await
+        }
         (Engine::Redis, What::Once) => each(server, n, duration, |i| RedisOnce::connect(server, i)).await,
         (Engine::Redis, What::Lock) => each(server, n, duration, |i| RedisLock::connect(server, i)).await,
-        (Engine::Postgres, What::Queue) => each(server, n, duration, |i| PostgresQueue::connect(server, i)).await,
-        (Engine::Postgres, What::Once) => each(server, n, duration, |i| PostgresOnce::connect(server, i)).await,
+        (Engine::Postgres, What::Queue | What::QueueTogether) => {
+            each(server, n, duration, |i| PostgresQueue::connect(server, i)).await
+        }
+        (Engine::Postgres, What::Once | What::OnceShared) => {
+            each(server, n, duration, |i| PostgresOnce::connect(server, i)).await
+        }
         (Engine::Postgres, What::Lock) => each(server, n, duration, |_| PostgresLock::connect(server)).await,
+        (Engine::Beanstalkd, What::QueueTogether) => {
+            each(server, n, duration, |i| async move { Ok(Together::new(BeanstalkQueue::connect(server, i).await?)) })
+                .await
+        }
         (Engine::Beanstalkd, _) => each(server, n, duration, |i| BeanstalkQueue::connect(server, i)).await,
         (Engine::Nats, _) => each(server, n, duration, |i| NatsQueue::connect(server, i)).await,
     }
