@@ -215,6 +215,13 @@ struct Mail {
     wakes: Vec<Arc<tokio::sync::Notify>>,
 }
 
+impl Mail {
+    fn hand_out(self) {
+        self.deliveries.into_iter().for_each(Delivery::send);
+        self.wakes.iter().for_each(|stream| stream.notify_one());
+    }
+}
+
 /// Figures of the driver for metrics.
 #[derive(Debug, Default)]
 pub(crate) struct DriverFacts {
@@ -673,8 +680,7 @@ fn work(mut disk: FsDisk, jobs: &Receiver<Job>, events: &EventSender) {
 
 async fn deliver_mail(mut mail: tokio::sync::mpsc::UnboundedReceiver<Mail>) {
     while let Some(mail) = mail.recv().await {
-        mail.deliveries.into_iter().for_each(Delivery::send);
-        mail.wakes.iter().for_each(|stream| stream.notify_one());
+        mail.hand_out();
     }
 }
 
@@ -1307,9 +1313,9 @@ impl Loop {
             return;
         }
         let mail = std::mem::take(&mut self.mail);
-        if mail.wakes.is_empty() && mail.deliveries.len() == 1 {
+        if mail.wakes.len() + mail.deliveries.len() == 1 {
             // A lone caller is spared the detour.
-            mail.deliveries.into_iter().for_each(Delivery::send);
+            mail.hand_out();
         } else {
             let _ = self.mailbox.send(mail);
         }
