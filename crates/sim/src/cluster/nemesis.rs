@@ -53,7 +53,7 @@ impl World {
         }
         let again = self.random.between(50_000, self.shape.mischief_us);
         self.later(again, Event::Mischief);
-        let weights = [4, 3, 4, 4, 4, 4, 4, 4, 3, 3, 2, 2, 5, 3, 1, 4, 3, 2];
+        let weights = [4, 3, 4, 4, 4, 4, 4, 4, 3, 3, 2, 2, 5, 3, 1, 4, 3, 2, 4];
         let kind = self.random.weighted(&weights);
         if self.shape.kinds & 1 << kind == 0 {
             return Ok(());
@@ -68,7 +68,15 @@ impl World {
                 self.nodes[node].disk.die_after(Some(calls));
                 Ok(())
             }
-            3 => self.pause(node),
+            3 => {
+                let election = self.shape.election_ms() * 1_000;
+                let length = match self.random.coin() {
+                    true => self.random.below(election),
+                    false => self.random.between(election, 8 * election),
+                };
+                self.pause(node, length);
+                Ok(())
+            }
             4 => self.isolate(node),
             5 => self.split(),
             6 => self.one_way(),
@@ -122,10 +130,16 @@ impl World {
                 None => Ok(()),
             },
             16 => self.stop(node),
-            _ => {
+            17 => {
                 // A clock of the wall that jumps is only ever shown.
                 let wall = self.random.between(1_600_000_000_000, 1_800_000_000_000);
                 self.nodes[node].wall_ms = wall;
+                Ok(())
+            }
+            _ => {
+                if let Some(leader) = self.leader() {
+                    self.put_to_sleep(leader);
+                }
                 Ok(())
             }
         }
@@ -170,22 +184,30 @@ impl World {
         self.nodes.iter().rposition(|n| n.led && n.runs())
     }
 
-    fn pause(&mut self, node: usize) -> Result<(), String> {
-        let election = self.shape.election_ms() * 1_000;
+    fn pause(&mut self, node: usize, length_us: u64) {
         let n = &mut self.nodes[node];
         if n.paused || !n.runs() {
-            return Ok(());
+            return;
         }
         n.paused = true;
         let boot = n.boot;
         self.report.pauses += 1;
-        let length = match self.random.coin() {
-            true => self.random.below(election),
-            false => self.random.between(election, 8 * election),
-        };
-        self.trace.say(|| format!("{} us: n{node} is stopped for {length} us", self.now));
-        self.later(length, Event::Mend(Mend::Resume { node, boot }));
-        Ok(())
+        self.trace.say(|| format!("{} us: n{node} is stopped for {length_us} us", self.now));
+        self.later(length_us, Event::Mend(Mend::Resume { node, boot }));
+    }
+
+    /// A machine that sleeps goes on before its network does: one that led believes to lead, and hears of nobody else.
+    fn put_to_sleep(&mut self, node: usize) {
+        let election = self.shape.election_ms() * 1_000;
+        let length = self.random.between(2 * election, 6 * election);
+        self.pause(node, length);
+        let others = (0..self.nodes.len()).filter(|&other| other != node);
+        let cuts: Vec<_> = others.flat_map(|other| [(node, other), (other, node)]).collect();
+        self.report.partitions += 1;
+        self.net.cuts.extend(cuts.iter().copied());
+        self.look_at_cuts();
+        let longer = self.random.below(election);
+        self.later(length + longer, Event::Mend(Mend::Cuts(cuts)));
     }
 
     fn resume(&mut self, node: usize, boot: u64) {
@@ -203,6 +225,7 @@ impl World {
         backlog.into_iter().for_each(|(from, bytes)| n.arrive(from, bytes));
         n.poll_at = None;
         self.wake(node, 10);
+        self.doubt_for_a_while(node);
     }
 
     fn stop(&mut self, node: usize) -> Result<(), String> {
@@ -240,11 +263,11 @@ impl World {
             if self.options.bug == Some(Bug::CutLogs) {
                 self.cut_log(node);
             }
-            if self.shape.kinds & 1 << 18 != 0 && self.random.chance(1, 4) {
+            if self.shape.kinds & 1 << 20 != 0 && self.random.chance(1, 4) {
                 self.flip(node)?;
             }
             let often = self.options.bug == Some(Bug::Inside(Sabotage::ForgetStorage));
-            if often || self.shape.kinds & 1 << 19 != 0 && self.random.chance(1, 3) {
+            if often || self.shape.kinds & 1 << 21 != 0 && self.random.chance(1, 3) {
                 self.another_folder(node)?;
             }
         }

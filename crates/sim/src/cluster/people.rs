@@ -88,16 +88,18 @@ impl Call {
     }
 }
 
-/// Draws the next thing that a client does.
+/// Draws the next thing that a client does, who knows of a newest revision, and asks native primitives so often of sixteen times.
 pub(super) fn draw(
     number: u64,
     index: usize,
     person: &Person,
-    newest: u64,
+    (newest, native): (u64, u64),
     random: &mut Random,
 ) -> (Kind, Txn, Intent) {
-    match random.below(16) {
-        12..=15 => (Kind::Native, super::native::draw(number, &person.native, random), Intent::default()),
+    if native > 0 && random.chance(native, 16) {
+        return (Kind::Native, super::native::draw(number, &person.native, random), Intent::default());
+    }
+    match random.below(12) {
         0 => (Kind::Stale, Txn::default(), Intent::default()),
         1 | 2 if !person.read.is_empty() => {
             let keys: Vec<&Vec<u8>> = person.read.keys().collect();

@@ -33,6 +33,8 @@ const TOKEN: &str = "simulated";
 const TRIES_MAX: u32 = 6;
 /// A leader that is there and does not answer is given up after so many election timeouts.
 const PATIENCE: u64 = 5;
+/// How often a deposed leader is asked in the election timeout that comes.
+const DOUBTS: u64 = 10;
 
 /// A bug that the run plays on purpose, to see that an oracle notices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,10 +166,15 @@ pub(super) struct Shape {
     pub(super) mischief_us: u64,
     /// Which kinds of them this run has, as bits.
     pub(super) kinds: u64,
+    /// Of sixteen things that clients ask for, how many are of native primitives.
+    native: u64,
 }
 
+/// By turns, so that all are in any few seeds: one kind of work thins out the others, and rare meetings are what most oracles live on.
+const NATIVE_SHARES: [u64; 4] = [0, 12, 0, 5];
+
 impl Shape {
-    fn draw(random: &mut Random, options: Options) -> Self {
+    fn draw(seed: u64, random: &mut Random, options: Options) -> Self {
         let members = if options.grow_at.is_some() { 1 } else { *random.pick(&[1, 3, 3, 3, 3, 3, 5, 5]) };
         Self {
             members,
@@ -177,6 +184,7 @@ impl Shape {
             length_us: if options.grow_at.is_some() { 6 } else { random.between(6, 25) } * SECOND,
             mischief_us: *random.pick(&[400_000, 1_500_000, 4_000_000]),
             kinds: if random.chance(1, 3) { u64::MAX } else { random.u64() | random.u64() },
+            native: NATIVE_SHARES[(seed % NATIVE_SHARES.len() as u64) as usize],
         }
     }
 
@@ -204,21 +212,67 @@ pub(super) enum Outcome {
 pub(super) enum Event {
     Start(usize),
     Poll(usize),
-    Dial { node: usize, boot: u64 },
-    Hello { from: usize, to: usize, serial: u64, hello: Vec<u8> },
-    Welcome { from: usize, to: usize, serial: u64, hello: Vec<u8> },
-    TurnedAway { at: usize, boot: u64, by: MemberId, refusal: PeerRefusal },
-    HungUp { at: usize, boot: u64, far: usize, far_boot: u64, serial: u64 },
-    Message { from: usize, to: usize, to_boot: u64, serial: u64, bytes: Vec<u8> },
-    Work { node: usize, boot: u64 },
-    Request { call: u64, attempt: u32, to: usize },
-    Answer { call: u64, attempt: u32, outcome: Outcome },
-    GiveUp { call: u64, attempt: u32 },
+    Dial {
+        node: usize,
+        boot: u64,
+    },
+    Hello {
+        from: usize,
+        to: usize,
+        serial: u64,
+        hello: Vec<u8>,
+    },
+    Welcome {
+        from: usize,
+        to: usize,
+        serial: u64,
+        hello: Vec<u8>,
+    },
+    TurnedAway {
+        at: usize,
+        boot: u64,
+        by: MemberId,
+        refusal: PeerRefusal,
+    },
+    HungUp {
+        at: usize,
+        boot: u64,
+        far: usize,
+        far_boot: u64,
+        serial: u64,
+    },
+    Message {
+        from: usize,
+        to: usize,
+        to_boot: u64,
+        serial: u64,
+        bytes: Vec<u8>,
+    },
+    Work {
+        node: usize,
+        boot: u64,
+    },
+    Request {
+        call: u64,
+        attempt: u32,
+        to: usize,
+    },
+    Answer {
+        call: u64,
+        attempt: u32,
+        outcome: Outcome,
+    },
+    GiveUp {
+        call: u64,
+        attempt: u32,
+    },
     Retry(u64),
     Act(usize),
     Mischief,
     Mend(Mend),
     Probe,
+    /// Somebody writes a register at the newest leader and reads at this one, who may have led for too long.
+    Doubt(usize),
 }
 
 /// How a process ends.
@@ -265,7 +319,7 @@ struct Probe {
 /// Runs one seed.
 pub fn run(seed: u64, options: Options) -> Result<Report, String> {
     let mut random = Random::new(seed ^ 0xc105_7e12);
-    let shape = Shape::draw(&mut random, options);
+    let shape = Shape::draw(seed, &mut random, options);
     let quality = if options.grow_at.is_some() { Quality::GOOD } else { Quality::draw(&mut random) };
     let nodes: Vec<Node> =
         (0..shape.members).map(|n| Node::new(MemberId(101 + n as u64), &format!("n{n}"), &mut random)).collect();
@@ -392,6 +446,7 @@ impl World {
             Event::Mischief => Ok(()),
             Event::Mend(mend) => self.mend(mend),
             Event::Probe => self.probe(),
+            Event::Doubt(deposed) => self.doubt(deposed),
         }
     }
 
@@ -636,11 +691,13 @@ impl World {
             }
         }
         let status = member.status();
+        let mut is_new = false;
         if status.role == Role::Leader {
             if n.fate == Fate::Impostor {
                 return Err(format!("n{node} leads term {} on a folder that is not its own", status.term));
             }
-            if self.judge.leads(status.term, n.id, n.boot)? {
+            is_new = self.judge.leads(status.term, n.id, n.boot)?;
+            if is_new {
                 self.trace.say(|| format!("{} us: n{node} leads term {}", self.now, status.term));
             }
         }
@@ -652,7 +709,39 @@ impl World {
         for n in self.nodes.iter_mut().filter(|n| n.fate == Fate::Sound && removed.contains(&n.id)) {
             n.fate = Fate::Removed;
         }
+        if is_new {
+            self.doubt_all_but(node);
+        }
         Ok(())
+    }
+
+    /// Where another leads from now on, whoever still believes to lead is asked: the time in which that could be seen is short.
+    fn doubt_all_but(&mut self, leader: usize) {
+        for node in (0..self.nodes.len()).filter(|&node| node != leader) {
+            self.doubt_for_a_while(node);
+        }
+    }
+
+    pub(super) fn doubt_for_a_while(&mut self, node: usize) {
+        let n = &self.nodes[node];
+        if n.led && n.listens() && !self.healing {
+            for nth in 0..DOUBTS {
+                let delay = nth * self.shape.election_ms() * 1_000 / DOUBTS + self.random.below(10_000);
+                self.later(delay, Event::Doubt(node));
+            }
+        }
+    }
+
+    fn doubt(&mut self, deposed: usize) -> Result<(), String> {
+        let leads = |n: &Node| n.led && n.listens();
+        let leader = (0..self.nodes.len()).find(|&node| node != deposed && leads(&self.nodes[node]));
+        let Some(leader) = leader.filter(|_| leads(&self.nodes[deposed]) && !self.healing) else { return Ok(()) };
+        let number = self.new_number();
+        let key = client::register(self.random.below(client::REGISTERS));
+        self.ledger.intend(number, Intent { puts: vec![key.clone()], optional: true, ..Intent::default() });
+        self.begin(number, None, leader, Kind::Client(What::Write), Txn::of(people::write(number, key, true)))?;
+        let number = self.new_number();
+        self.begin(number, None, deposed, Kind::Client(What::Read), Txn::default())
     }
 
     fn give_answers(&mut self, node: usize, answers: Vec<(Ticket, Answer)>) -> Result<(), String> {
@@ -959,7 +1048,8 @@ impl World {
         }
         let number = self.new_number();
         let newest = self.ledger.newest();
-        let (kind, mut txn, intent) = people::draw(number, index, &self.people[index], newest, &mut self.random);
+        let (kind, mut txn, intent) =
+            people::draw(number, index, &self.people[index], (newest, self.shape.native), &mut self.random);
         let what = match &kind {
             Kind::Client(what) => what.clone(),
             Kind::Swap { .. } | Kind::Native => What::Write,

@@ -9,12 +9,15 @@ use tenure_sim::disk::Lie;
 /// The first complaint among some seeds about a cluster that has this bug must say one of these words.
 fn caught(bug: Bug, seeds: Range<u64>, words: &[&str]) {
     let options = Options { bug: Some(bug), ..Options::default() };
-    let complaint = seeds.into_iter().find_map(|seed| {
+    let complaint = seeds.clone().find_map(|seed| {
         // A member that panics on what the bug did to it has noticed as well.
         let result = catch_unwind(|| run(seed, options));
-        result.map(Result::err).unwrap_or_else(|panic| panic.downcast_ref::<String>().cloned())
+        let why = result.map(Result::err).unwrap_or_else(|panic| panic.downcast_ref::<String>().cloned());
+        why.map(|why| (seed, why))
     });
-    let why = complaint.unwrap_or_else(|| panic!("{bug:?} is not noticed"));
+    let (seed, why) = complaint.unwrap_or_else(|| panic!("{bug:?} is not noticed in {seeds:?}"));
+    // How much of the range is left in reserve; seen with `--nocapture`.
+    println!("{bug:?}: seed {seed} of {seeds:?}");
     assert!(words.iter().any(|w| why.contains(w)), "{bug:?}: {why}");
 }
 
@@ -47,7 +50,7 @@ fn a_vote_that_is_forgotten() {
 
 #[test]
 fn a_read_without_a_read_index() {
-    inside(Sabotage::SkipReadIndex, 220..400, &["a read at"]);
+    inside(Sabotage::SkipReadIndex, 0..120, &["a read at"]);
 }
 
 #[test]
@@ -62,7 +65,7 @@ fn a_renewal_answered_at_once() {
 
 #[test]
 fn a_folder_that_comes_back_refilled() {
-    inside(Sabotage::ForgetStorage, 0..60, &["out of range", "gave", "instead of"]);
+    inside(Sabotage::ForgetStorage, 0..120, &["out of range", "gave", "instead of"]);
 }
 
 #[test]
@@ -72,17 +75,20 @@ fn a_local_flag_in_apply() {
 
 #[test]
 fn an_entry_that_is_applied_twice() {
-    inside(Sabotage::ApplyTwice, 0..20, &["and again at"]);
+    // What comes between the two may be seen first: a compare that fails at the second time, or a register that jumps back. One that took
+    // a snapshot has done it once.
+    inside(Sabotage::ApplyTwice, 0..20, &["and again at", "was refused and is done at", "no order explains", "gave"]);
 }
 
 #[test]
 fn a_grant_to_a_dead_session() {
-    caught(Bug::GrantToDead, 0..60, &["which had ended at"]);
+    caught(Bug::GrantToDead, 0..120, &["which had ended at"]);
 }
 
 #[test]
 fn a_forward_that_is_repeated() {
-    caught(Bug::RepeatForward, 0..20, &["and again at"]);
+    // A deletion names no call in what it leaves: that it came twice shows in what the register held, or in a compare that failed.
+    caught(Bug::RepeatForward, 0..60, &["and again at", "was refused and is done at", "no order explains"]);
 }
 
 #[test]
@@ -107,7 +113,7 @@ fn logs_that_are_cut() {
 
 #[test]
 fn disks_that_do_not_sync() {
-    caught(Bug::Disk(Lie::Sync), 0..60, &["is refused", "gave"]);
+    caught(Bug::Disk(Lie::Sync), 0..60, &["is refused", "gave", "older than what"]);
 }
 
 #[test]
