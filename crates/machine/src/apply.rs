@@ -394,7 +394,7 @@ impl Machine {
         let digest = txn.digest();
         let session = match request {
             RequestId::Session { session, .. } => Some(*session),
-            RequestId::Uuid(_) => None,
+            RequestId::Uuid(_) | RequestId::Series { .. } => None,
         };
         let incarnation = session.and_then(|id| self.token_of(id));
         match self.see(txn, request, digest) {
@@ -440,6 +440,18 @@ impl Machine {
                 }
                 let max = self.limit(Limit::SessionRequests);
                 self.requests.see_numbered(*session, *seq, *acked_below, digest, max)
+            }
+            RequestId::Series { series, seq, acked_below } => {
+                let open = self.limit(Limit::SessionRequests);
+                let all = self.limit(Limit::OneShotRequests);
+                self.requests.see_in_series(
+                    &txn.principal,
+                    *series,
+                    (*seq, *acked_below),
+                    digest,
+                    self.stamp,
+                    [open, all],
+                )
             }
         }
     }
@@ -1384,6 +1396,7 @@ pub(crate) fn is_same(a: &RequestId, b: &RequestId) -> bool {
         (RequestId::Session { session: a, seq: m, .. }, RequestId::Session { session: b, seq: n, .. }) => {
             a == b && m == n
         }
+        (RequestId::Series { series: a, seq: m, .. }, RequestId::Series { series: b, seq: n, .. }) => a == b && m == n,
         (a, b) => a == b,
     }
 }

@@ -166,7 +166,7 @@ numbers!(
 );
 numbers!(RoleNumber as "member role" { Learner = 1, Voter = 2, Removed = 3, });
 numbers!(WaitNumber as "wait" { None = 0, Ms = 1, Forever = 2, });
-numbers!(RequestNumber as "request id" { None = 0, Session = 1, Uuid = 2, });
+numbers!(RequestNumber as "request id" { None = 0, Session = 1, Uuid = 2, Series = 3, });
 
 /// The things that refusals name. The place in this list is stored: append only.
 const NAMES: [&str; 11] = [
@@ -551,6 +551,12 @@ pub(crate) fn write_request(b: &mut Vec<u8>, request: Option<&RequestId>) {
             b.push(RequestNumber::Uuid as u8);
             b.extend_from_slice(uuid);
         }
+        Some(RequestId::Series { series, seq, acked_below }) => {
+            b.push(RequestNumber::Series as u8);
+            b.varint(*series);
+            b.varint(*seq);
+            b.varint(*acked_below);
+        }
     }
 }
 
@@ -563,6 +569,11 @@ pub(crate) fn read_request(r: &mut Reader<'_>) -> Decoded<Option<RequestId>> {
             acked_below: r.varint("a request id")?,
         }),
         RequestNumber::Uuid => Some(RequestId::Uuid(r.array("a request id")?)),
+        RequestNumber::Series => Some(RequestId::Series {
+            series: r.varint("a request id")?,
+            seq: r.varint("a request id")?,
+            acked_below: r.varint("a request id")?,
+        }),
     })
 }
 

@@ -53,7 +53,9 @@ pub struct Txn {
 impl Txn {
     /// The behaviour version from which every member can read it. Below that it must not be proposed: an older release would stop at the entry.
     pub fn behaviour_needed(&self) -> u16 {
-        lists_need(&self.compares, &self.then, &self.otherwise)
+        let numbered = matches!(self.request, Some(RequestId::Series { .. }));
+        let request = if numbered { PRIMITIVES } else { 1 };
+        request.max(lists_need(&self.compares, &self.then, &self.otherwise))
     }
 
     /// A transaction of one operation.
@@ -82,6 +84,9 @@ pub enum RequestId {
     Session { session: SessionId, seq: u64, acked_below: u64 },
     /// Kept for ten minutes of log time.
     Uuid([u8; 16]),
+    /// A number in a series that one caller draws at random: kept until it is below `acked_below`, or until nothing was asked under the series for
+    /// ten minutes of log time. From behaviour version 3 on.
+    Series { series: u64, seq: u64, acked_below: u64 },
 }
 
 /// The guard of any transaction: lock `name` is held under exactly this token.
@@ -403,9 +408,9 @@ pub enum Limit {
     LockWaiters = 2,
     /// Things that one native session may own.
     SessionThings = 3,
-    /// Open remembered requests of one session.
+    /// Open remembered requests of one session, and of one series.
     SessionRequests = 4,
-    /// Remembered one-shot requests in all.
+    /// Remembered one-shot requests and series in all.
     OneShotRequests = 5,
     /// Changes kept for spaces without history.
     RingChanges = 6,

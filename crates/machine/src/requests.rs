@@ -1,9 +1,10 @@
 //! Remembered requests: a retry is answered with the first answer, never run again.
 //!
 //! Promises. Q1: the same principal, id and request get the first answer for ten minutes of log time after it was given, or for
-//! the life of the session under which the id was made; another request under that id is refused. Q2: nothing is forgotten
+//! the life of the session under which the id was made, or as long as its series is used (and ten minutes more) unless the caller said that
+//! it has the answer; another request under that id is refused. Q2: nothing is forgotten
 //! early: where the table is full, new ids are refused before they run. Q3: an acknowledged or ended id is never run a second
-//! time under its session.
+//! time under its session or series.
 //! Not promised. Large bodies: above `BODY_BYTES_MAX` the outcome is kept and the body is not (and an answer that only repeats the state, as the
 //! replay of an idempotency record does, is not kept at all: the retry reads the state again). And nothing survives a session: who
 //! makes one anew under an id that was used before starts its numbers anew too (ids are random unless the caller chose one).
@@ -15,7 +16,7 @@ use crate::reply::{OpReply, Rejection, Reply, TxnReply};
 use crate::snapmap::SnapMap;
 use crate::types::*;
 use crate::waits::WaiterNumber;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How long the answer to a one-shot request is kept, in log time. Clients stop retrying at half of it.
 pub(crate) const KEPT_MS: u64 = 10 * 60 * 1000;
@@ -28,6 +29,24 @@ const DROPPED_PER_ENTRY: usize = 256;
 pub(crate) type OneShot = (Box<str>, [u8; 16]);
 /// An id under a session.
 pub(crate) type Numbered = (SessionId, u64);
+/// A series belongs to who draws it.
+pub(crate) type SeriesId = (u64, Box<str>);
+
+/// Requests that one caller numbers, without a session.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Series {
+    /// Its name in the table of its requests.
+    number: u64,
+    /// Answers below this were received.
+    acked: u64,
+    /// When something was asked or answered under it last, to a second.
+    used: LogTime,
+    /// How many of its requests are kept.
+    open: u64,
+}
+
+/// A request of a series: the number of the series, and its own.
+pub(crate) type InSeries = (u64, u64);
 
 /// What is known of one request.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,6 +84,10 @@ pub(crate) enum Seen {
 const REMEMBERED_BYTES: usize = 160;
 /// One acknowledged number in its table.
 const ACKED_BYTES: u64 = 32;
+/// A series without its requests, in its table and in the order of use.
+const SERIES_BYTES: u64 = 200;
+/// The use of a series is noted again after so long only.
+const USED_AGAIN_MS: u64 = 1000;
 /// The format version of a stored request.
 const REMEMBERED_FORMAT: u8 = 1;
 
@@ -76,6 +99,10 @@ pub(crate) struct Requests {
     pub(crate) next_order: u64,
     /// One-shot requests by the order of their answers; one that is not in the table under this order any more is skipped.
     drop_order: VecDeque<(u64, OneShot)>,
+    pub(crate) series: SnapMap<SeriesId, Series>,
+    pub(crate) in_series: SnapMap<InSeries, Remembered>,
+    /// All series by when they were used last.
+    by_use: BTreeSet<(LogTime, SeriesId)>,
     /// How many ids of each session are kept.
     counts: BTreeMap<SessionId, u64>,
     bytes: u64,
@@ -89,13 +116,16 @@ impl Requests {
             acked: SnapMap::new(),
             next_order: 1,
             drop_order: VecDeque::new(),
+            series: SnapMap::new(),
+            in_series: SnapMap::new(),
+            by_use: BTreeSet::new(),
             counts: BTreeMap::new(),
             bytes: 0,
         }
     }
 
     pub(crate) fn len(&self) -> u64 {
-        (self.one_shot.len() + self.numbered.len()) as u64
+        (self.one_shot.len() + self.numbered.len() + self.in_series.len()) as u64
     }
 
     pub(crate) fn memory(&self) -> u64 {
@@ -106,9 +136,34 @@ impl Requests {
     pub(crate) fn drop_old(&mut self, now: LogTime, txns: usize) {
         for _ in 0..DROPPED_PER_ENTRY + 2 * txns {
             if !self.drop_oldest(now) {
-                return;
+                break;
             }
         }
+        for _ in 0..2 {
+            if !self.drop_unused(now) {
+                break;
+            }
+        }
+    }
+
+    /// Drops the series that was not used for longest, if its time is over; one under which somebody still waits gets as much again.
+    fn drop_unused(&mut self, now: LogTime) -> bool {
+        let Some((used, id)) = self.by_use.first().filter(|(used, _)| used.plus(KEPT_MS + USED_AGAIN_MS) <= now) else {
+            return false;
+        };
+        let (used, id) = (*used, id.clone());
+        let Some(series) = self.series.get(&id).cloned() else { return false };
+        let its = || self.in_series.range((series.number, 0)..=(series.number, u64::MAX));
+        if its().any(|(_, r)| r.waiter().is_some()) {
+            self.use_series(&id, used, now);
+            return true;
+        }
+        let all: Vec<InSeries> = its().map(|(at, _)| *at).collect();
+        all.into_iter().for_each(|at| self.forget_in_series(at));
+        self.series.remove(&id);
+        self.by_use.remove(&(used, id.clone()));
+        self.bytes -= series_bytes(&id);
+        true
     }
 
     /// Drops the oldest answer if its time is over.
@@ -152,11 +207,107 @@ impl Requests {
             Some(_) => drop(self.set_one_shot(id, None)),
             None => {}
         }
-        while self.one_shot.len() as u64 >= max && self.drop_oldest(now) {}
-        if self.one_shot.len() as u64 >= max {
+        while self.kept() >= max && self.drop_oldest(now) {}
+        if self.kept() >= max {
             return Seen::Refused(Rejection::RateLimited { what: name::ONE_SHOT_REQUESTS, limit: max });
         }
         Seen::New
+    }
+
+    fn kept(&self) -> u64 {
+        (self.one_shot.len() + self.series.len()) as u64
+    }
+
+    /// Looks a request of a series up before it runs, and forgets what the caller has acknowledged. `max`: open requests of a series, and
+    /// one-shot requests and series in all.
+    pub(crate) fn see_in_series(
+        &mut self,
+        principal: &str,
+        series: u64,
+        (seq, acked_below): (u64, u64),
+        digest: [u8; 16],
+        now: LogTime,
+        max: [u64; 2],
+    ) -> Seen {
+        let id: SeriesId = (series, principal.into());
+        let Some(found) = self.series.get_mut(&id) else {
+            while self.kept() >= max[1] && self.drop_oldest(now) {}
+            if self.kept() >= max[1] {
+                return Seen::Refused(Rejection::RateLimited { what: name::ONE_SHOT_REQUESTS, limit: max[1] });
+            }
+            if seq < acked_below {
+                return Seen::Refused(acknowledged(seq, series));
+            }
+            let number = self.next_order;
+            self.next_order += 1;
+            self.add_series(id, Series { number, acked: acked_below, used: now, open: 0 });
+            return Seen::New;
+        };
+        let (number, used, before) = (found.number, found.used, found.acked);
+        found.acked = before.max(acked_below);
+        let acked = found.acked;
+        if acked > before {
+            let old: Vec<InSeries> =
+                self.in_series.range((number, before)..(number, acked)).map(|(at, _)| *at).collect();
+            if let Some(found) = self.series.get_mut(&id) {
+                found.open -= old.len() as u64;
+            }
+            old.into_iter().for_each(|at| self.forget_in_series(at));
+        }
+        self.use_series(&id, used, now);
+        match self.in_series.get(&(number, seq)) {
+            Some(r) => r.seen(digest),
+            // Its answer was received, so this is a straggler of the network. To run it would be to run it twice.
+            None if seq < acked => Seen::Refused(acknowledged(seq, series)),
+            None if self.series.get(&id).is_some_and(|s| s.open >= max[0]) => {
+                Seen::Refused(Rejection::RateLimited { what: name::SESSION_REQUESTS, limit: max[0] })
+            }
+            None => Seen::New,
+        }
+    }
+
+    fn use_series(&mut self, id: &SeriesId, used: LogTime, now: LogTime) {
+        if used.plus(USED_AGAIN_MS) > now {
+            return;
+        }
+        if let Some(series) = self.series.get_mut(id) {
+            series.used = now;
+            self.by_use.remove(&(used, id.clone()));
+            self.by_use.insert((now, id.clone()));
+        }
+    }
+
+    fn add_series(&mut self, id: SeriesId, series: Series) {
+        self.bytes += series_bytes(&id);
+        self.by_use.insert((series.used, id.clone()));
+        self.series.insert(id, series);
+    }
+
+    /// Sets what is known of a request of a series, unless the series is gone.
+    fn set_in_series(&mut self, principal: &str, series: u64, seq: u64, new: Option<Remembered>, now: Option<LogTime>) {
+        let id: SeriesId = (series, principal.into());
+        let Some(found) = self.series.get_mut(&id) else { return };
+        let (at, used) = ((found.number, seq), found.used);
+        let added = u64::from(new.is_some());
+        self.bytes += new.as_ref().map_or(0, Remembered::bytes);
+        let old = match new {
+            Some(new) => self.in_series.insert(at, new),
+            None => self.in_series.remove(&at),
+        };
+        found.open = found.open + added - u64::from(old.is_some());
+        self.bytes -= old.as_ref().map_or(0, Remembered::bytes);
+        if let Some(now) = now {
+            self.use_series(&id, used, now);
+        }
+    }
+
+    fn forget_in_series(&mut self, at: InSeries) {
+        self.bytes -= self.in_series.remove(&at).as_ref().map_or(0, Remembered::bytes);
+    }
+
+    fn in_series(&self, principal: &str, series: u64, seq: u64) -> Option<&Remembered> {
+        let number = self.series.get(&(series, principal.into()))?.number;
+        self.in_series.get(&(number, seq))
     }
 
     /// Looks a request of a live session up before it runs, and forgets what the session has acknowledged.
@@ -188,6 +339,7 @@ impl Requests {
         let kept = match request {
             RequestId::Uuid(uuid) => self.one_shot.get(&(principal.into(), *uuid)).filter(|r| !r.is_over(now)),
             RequestId::Session { session, seq, .. } => self.numbered.get(&(*session, *seq)),
+            RequestId::Series { series, seq, .. } => self.in_series(principal, *series, *seq),
         };
         kept.map(|r| r.seen(digest))
     }
@@ -228,6 +380,9 @@ impl Requests {
                 self.set_one_shot(id, Some(remembered));
             }
             RequestId::Session { session, seq, .. } => drop(self.set_numbered((*session, *seq), Some(remembered))),
+            RequestId::Series { series, seq, .. } => {
+                self.set_in_series(principal, *series, *seq, Some(remembered), Some(now));
+            }
         }
     }
 
@@ -240,6 +395,7 @@ impl Requests {
                     self.set_numbered((*session, *seq), None);
                 }
             }
+            RequestId::Series { series, seq, .. } => self.set_in_series(principal, *series, *seq, None, None),
         }
     }
 
@@ -249,6 +405,9 @@ impl Requests {
         match request {
             RequestId::Uuid(uuid) => drop(self.set_one_shot((principal.into(), *uuid), Some(remembered))),
             RequestId::Session { session, seq, .. } => drop(self.set_numbered((*session, *seq), Some(remembered))),
+            RequestId::Series { series, seq, .. } => {
+                self.set_in_series(principal, *series, *seq, Some(remembered), None);
+            }
         }
     }
 
@@ -264,6 +423,7 @@ impl Requests {
         let kept = match request {
             RequestId::Uuid(uuid) => self.one_shot.get(&(principal.into(), *uuid)),
             RequestId::Session { session, seq, .. } => self.numbered.get(&(*session, *seq)),
+            RequestId::Series { series, seq, .. } => self.in_series(principal, *series, *seq),
         };
         if let Some(r) = kept.filter(|r| r.state == State::Waiting(waiter)) {
             let digest = r.digest;
@@ -308,6 +468,15 @@ impl Requests {
         }
         old
     }
+}
+
+fn acknowledged(seq: u64, series: u64) -> Rejection {
+    let why = format!("request {seq} of series {series:x} was acknowledged, its answer is forgotten");
+    Rejection::Invalid { why: why.into() }
+}
+
+fn series_bytes(id: &SeriesId) -> u64 {
+    SERIES_BYTES + 2 * id.1.len() as u64
 }
 
 impl Remembered {
@@ -384,6 +553,21 @@ pub(crate) fn write(b: &mut Vec<u8>, remembered: &Remembered) {
     }
 }
 
+pub(crate) fn write_series(b: &mut Vec<u8>, (series, principal): &SeriesId, known: &Series) {
+    b.varint(*series);
+    b.bytes(principal.as_bytes());
+    b.varint(known.number);
+    b.varint(known.acked);
+    b.varint(known.used.0);
+}
+
+pub(crate) fn read_series(r: &mut Reader<'_>) -> Result<(SeriesId, Series), DecodeError> {
+    const WHAT: &str = "a series of requests";
+    let id = (r.varint(WHAT)?, r.text(WHAT)?);
+    let (number, acked, used) = (r.varint(WHAT)?, r.varint(WHAT)?, LogTime(r.varint(WHAT)?));
+    Ok((id, Series { number, acked, used, open: 0 }))
+}
+
 pub(crate) fn read(r: &mut Reader<'_>) -> Result<Remembered, DecodeError> {
     const WHAT: &str = "a remembered request";
     let format = r.byte(WHAT)?;
@@ -419,8 +603,25 @@ impl Requests {
         self.bytes += ACKED_BYTES;
     }
 
+    pub(crate) fn load_series(&mut self, id: SeriesId, series: Series) {
+        self.add_series(id, series);
+    }
+
+    pub(crate) fn load_in_series(&mut self, at: InSeries, remembered: Remembered) {
+        self.bytes += remembered.bytes();
+        self.in_series.insert(at, remembered);
+    }
+
     /// Brings what is rebuilt into the order it had.
     pub(crate) fn finish_load(&mut self) {
         self.drop_order.make_contiguous().sort_unstable_by_key(|(order, _)| *order);
+        let mut open: BTreeMap<u64, u64> = BTreeMap::new();
+        self.in_series.iter().for_each(|((number, _), _)| *open.entry(*number).or_default() += 1);
+        let ids: Vec<SeriesId> = self.series.iter().map(|(id, _)| id.clone()).collect();
+        for id in ids {
+            if let Some(series) = self.series.get_mut(&id) {
+                series.open = open.get(&series.number).copied().unwrap_or_default();
+            }
+        }
     }
 }

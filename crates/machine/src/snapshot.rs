@@ -42,11 +42,13 @@ enum Section {
     End = 11,
     Members = 12,
     Objects = 13,
+    Series = 14,
+    InSeries = 15,
 }
 
 impl Section {
     /// In the order in which they are written.
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 15] = [
         Self::Header,
         Self::Keys,
         Self::Sessions,
@@ -56,6 +58,8 @@ impl Section {
         Self::OneShot,
         Self::Numbered,
         Self::Acked,
+        Self::Series,
+        Self::InSeries,
         Self::Ring,
         Self::Marks,
         Self::Members,
@@ -108,6 +112,8 @@ impl Machine {
         self.requests.one_shot.begin();
         self.requests.numbered.begin();
         self.requests.acked.begin();
+        self.requests.series.begin();
+        self.requests.in_series.begin();
         let mut marks = Vec::new();
         for (stamp, revision) in self.marks.all() {
             marks.varint(stamp.0);
@@ -163,6 +169,8 @@ impl Machine {
             self.requests.one_shot.abort();
             self.requests.numbered.abort();
             self.requests.acked.abort();
+            self.requests.series.abort();
+            self.requests.in_series.abort();
         }
     }
 
@@ -248,6 +256,22 @@ impl Machine {
                 |b, (session, below)| {
                     b.varint(session.0);
                     b.varint(*below);
+                },
+            ),
+            Section::Series => write_entries(
+                b,
+                max_bytes,
+                |n| self.requests.series.next_slice(n),
+                |b, (id, series)| requests::write_series(b, id, series),
+            ),
+            Section::InSeries => write_entries(
+                b,
+                max_bytes,
+                |n| self.requests.in_series.next_slice(n),
+                |b, ((series, seq), remembered)| {
+                    b.varint(*series);
+                    b.varint(*seq);
+                    requests::write(b, remembered);
                 },
             ),
             Section::Ring => running.write_ring(b, max_bytes),
@@ -455,6 +479,14 @@ impl Loader {
                 m.requests.load_numbered(id, requests::read(r)?);
             }
             Section::Acked => m.requests.load_acked(SessionId(r.varint("a session")?), r.varint("a number")?),
+            Section::Series => {
+                let (id, series) = requests::read_series(r)?;
+                m.requests.load_series(id, series);
+            }
+            Section::InSeries => {
+                let at = (r.varint("a request id")?, r.varint("a request id")?);
+                m.requests.load_in_series(at, requests::read(r)?);
+            }
             Section::Ring => {
                 let record = codec::read_record(r)?;
                 let before = r.option("a change", codec::read_record)?;
@@ -502,7 +534,8 @@ fn check_links(m: &Machine) -> Result<(), DecodeError> {
     }
     let one_shot = m.requests.one_shot.iter().filter_map(|(_, r)| r.waiter());
     let numbered = m.requests.numbered.iter().filter_map(|(_, r)| r.waiter());
-    for number in one_shot.chain(numbered) {
+    let series = m.requests.in_series.iter().filter_map(|(_, r)| r.waiter());
+    for number in one_shot.chain(numbered).chain(series) {
         once(m.waits.get(number).is_some(), "a request of a waiter")?;
     }
     Ok(())

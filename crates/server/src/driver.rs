@@ -954,7 +954,13 @@ impl Loop {
     fn learn_identity(&mut self) {
         let machine = self.member.machine();
         let stale_ms = self.member.stale_ms();
-        self.identity.advance(machine.cluster(), machine.position().term.0, machine.stamp(), stale_ms);
+        self.identity.advance(
+            machine.cluster(),
+            machine.behaviour(),
+            machine.position().term.0,
+            machine.stamp(),
+            stale_ms,
+        );
     }
 
     /// Everything that is done in small pieces; true while there is more to do at once.

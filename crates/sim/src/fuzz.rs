@@ -242,10 +242,11 @@ fn sample_txn(random: &mut Random) -> Txn {
     };
     let mut txn = Txn::of(op);
     if random.coin() {
-        txn.request = Some(if random.coin() {
-            RequestId::Uuid(random.bytes())
-        } else {
-            RequestId::Session { session, seq: random.below(50), acked_below: random.below(10) }
+        let (seq, acked_below) = (random.below(50), random.below(10));
+        txn.request = Some(match random.below(3) {
+            0 => RequestId::Uuid(random.bytes()),
+            1 => RequestId::Session { session, seq, acked_below },
+            _ => RequestId::Series { series: random.u64(), seq, acked_below },
         });
     }
     txn

@@ -192,6 +192,7 @@ impl Model {
         let (key, incarnation) = match txn.request {
             None => (None, None),
             Some(RequestId::Uuid(uuid)) => (Some(RequestKey::Uuid(uuid)), None),
+            Some(RequestId::Series { .. }) => unreachable!("the lists make no series"),
             Some(RequestId::Session { session, seq, acked_below }) => {
                 let Some(live) = self.sessions.get(&session) else {
                     return Some(self.refusal(Rejection::SessionExpired { session }));

@@ -228,7 +228,13 @@ fn txns() -> Vec<(&'static str, Txn)> {
         otherwise: vec![Op::Delete(Delete { span: Span::one(key("k")), prev: false })],
     };
     let numbered = RequestId::Session { session: SessionId(7), seq: 300, acked_below: 2 };
-    vec![("whole", whole.clone()), ("numbered", Txn { request: Some(numbered), ..whole }), ("empty", Txn::default())]
+    let in_series = RequestId::Series { series: 0x0102_0304_0506_0708, seq: 300, acked_below: 2 };
+    vec![
+        ("whole", whole.clone()),
+        ("numbered", Txn { request: Some(numbered), ..whole.clone() }),
+        ("in a series", Txn { request: Some(in_series), ..whole }),
+        ("empty", Txn::default()),
+    ]
 }
 
 /// A machine with something in every section of its snapshot.
@@ -287,6 +293,16 @@ fn with_members() -> Machine {
     machine
 }
 
+/// The same with requests in a series, from behaviour version 3 on.
+fn with_series() -> Machine {
+    let mut machine = everything();
+    let in_series = |seq| Some(RequestId::Series { series: 9, seq, acked_below: 2 });
+    let txn = |seq| Txn { request: in_series(seq), ..Txn::of(Op::Put(put("v3"))) };
+    let at = Position { index: Index(2), term: Term(1) };
+    machine.apply(at, batch(vec![txn(2), txn(3)]), &mut Applied::default()).unwrap();
+    machine
+}
+
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
@@ -322,6 +338,9 @@ fn golden_bytes() {
     let blocks = snapshot(&mut machine, 1 << 20);
     let members = blocks.iter().find(|block| block[1] == 12).unwrap();
     lines.push(("snapshot block of members".into(), hex(members)));
+    for block in snapshot(&mut with_series(), 1 << 20).iter().filter(|block| block[1] >= 14) {
+        lines.push((format!("snapshot block of series, section {}", block[1]), hex(block)));
+    }
     compare_with_file("golden.txt", &lines);
 }
 

@@ -18,6 +18,7 @@ pub(crate) enum Step {
 pub(crate) enum Id {
     OneShot(u8),
     Numbered(u8, u64, u64),
+    Series(u8, u64, u64),
 }
 
 #[derive(Clone, Debug)]
@@ -92,6 +93,7 @@ fn id() -> impl Strategy<Value = Option<Id>> {
         4 => Just(None),
         2 => (0..6u8).prop_map(|n| Some(Id::OneShot(n))),
         2 => (1..5u8, 0..6u64, 0..3u64).prop_map(|(s, n, a)| Some(Id::Numbered(s, n, a))),
+        2 => (1..4u8, 0..6u64, 0..3u64).prop_map(|(s, n, a)| Some(Id::Series(s, n, a))),
     ]
 }
 
@@ -127,6 +129,8 @@ pub(crate) struct Model {
     queue: Vec<Waiter>,
     known: Vec<Known>,
     acked: BTreeMap<u64, u64>,
+    /// What is acknowledged of each series, and when it was used last.
+    series: BTreeMap<u64, (u64, u64)>,
     members: Vec<MemberRecord>,
     behaviour: u16,
     // Of the running transaction.
@@ -212,6 +216,7 @@ fn create(s: u8, native: bool, release: bool) -> SessionCreate {
 fn base(request: &RequestId) -> RequestId {
     match *request {
         RequestId::Session { session, seq, .. } => RequestId::Session { session, seq, acked_below: 0 },
+        RequestId::Series { series, seq, .. } => RequestId::Series { series, seq, acked_below: 0 },
         uuid => uuid,
     }
 }
@@ -228,6 +233,7 @@ impl Model {
             Id::Numbered(s, seq, acked_below) => {
                 RequestId::Session { session: SessionId(u64::from(s)), seq, acked_below }
             }
+            Id::Series(s, seq, acked_below) => RequestId::Series { series: u64::from(s), seq, acked_below },
         });
         Txn { then: ops.iter().map(|op| self.op(op)).collect(), request, ..Txn::default() }
     }
@@ -311,6 +317,17 @@ impl Model {
         self.known.retain(|k| {
             !(matches!(k.request, RequestId::Uuid(_)) && k.answer.as_ref().is_some_and(|(at, _)| at + 600_000 <= now))
         });
+        for _ in 0..2 {
+            let unused = self.series.iter().map(|(id, (_, used))| (*used, *id)).min();
+            let Some((_, id)) = unused.filter(|(used, _)| used + 601_000 <= now) else { break };
+            let its = |k: &Known| matches!(k.request, RequestId::Series { series, .. } if series == id);
+            if self.known.iter().any(|k| its(k) && k.answer.is_none()) {
+                self.use_series(id);
+            } else {
+                self.known.retain(|k| !its(k));
+                self.series.remove(&id);
+            }
+        }
         for (ticket, txn) in txns {
             if let Some(answer) = self.answer(*ticket, txn, &mut said) {
                 said.push((*ticket, answer));
@@ -325,9 +342,20 @@ impl Model {
             let request = base(request);
             if let Some(known) = self.known.iter_mut().find(|k| k.request == request && k.answer.is_none()) {
                 known.answer = Some((self.stamp, text.clone()));
+                if let RequestId::Series { series, .. } = request {
+                    self.use_series(series);
+                }
             }
         }
         said.push((waiter.ticket, text));
+    }
+
+    /// To a second.
+    fn use_series(&mut self, id: u64) {
+        let now = self.stamp;
+        if let Some((_, used)) = self.series.get_mut(&id).filter(|(_, used)| *used + 1000 <= now) {
+            *used = now;
+        }
     }
 
     fn text(&self, result: &Result<String, String>) -> String {
@@ -340,10 +368,10 @@ impl Model {
     fn answer(&mut self, ticket: u64, txn: &Txn, said: &mut Said) -> Option<String> {
         let plain = Txn { request: None, ..txn.clone() };
         let Some(request) = &txn.request else { return self.run(ticket, txn, said).map(|r| self.text(&r)) };
-        let no = |what: &str| Some(self.text(&Err(what.to_string())));
+        let no = |model: &Self, what: &str| Some(model.text(&Err(what.to_string())));
         let mut incarnation = 0;
         if let RequestId::Session { session, seq, acked_below } = request {
-            let Some(live) = self.sessions.get(&session.0) else { return no("SessionExpired") };
+            let Some(live) = self.sessions.get(&session.0) else { return no(self, "SessionExpired") };
             incarnation = live.token;
             let acked = self.acked.entry(session.0).or_default();
             *acked = (*acked).max(*acked_below);
@@ -351,6 +379,28 @@ impl Model {
             self.known.retain(
                 |k| !matches!(k.request, RequestId::Session { session: s, seq, .. } if s == *session && seq < acked),
             );
+            if *seq < acked {
+                return Some(self.text(&Err("Invalid".into())));
+            }
+        }
+        if let RequestId::Series { series, seq, acked_below } = request {
+            let limited = |kept: &Known| matches!(kept.request, RequestId::Uuid(_));
+            if !self.series.contains_key(series) {
+                if self.known.iter().filter(|k| limited(k)).count() + self.series.len() >= 3 {
+                    return no(self, "RateLimited");
+                }
+                if seq < acked_below {
+                    return no(self, "Invalid");
+                }
+                self.series.insert(*series, (*acked_below, self.stamp));
+            }
+            let (acked, _) = self.series.get_mut(series).unwrap();
+            *acked = (*acked).max(*acked_below);
+            let acked = *acked;
+            self.known.retain(
+                |k| !matches!(k.request, RequestId::Series { series: s, seq, .. } if s == *series && seq < acked),
+            );
+            self.use_series(*series);
             if *seq < acked {
                 return Some(self.text(&Err("Invalid".into())));
             }
@@ -369,10 +419,12 @@ impl Model {
         }
         let same_kind = |k: &&Known| match (&k.request, &request) {
             (RequestId::Session { session: a, .. }, RequestId::Session { session: b, .. }) => a == b,
+            (RequestId::Series { series: a, .. }, RequestId::Series { series: b, .. }) => a == b,
             (RequestId::Uuid(_), RequestId::Uuid(_)) => true,
             _ => false,
         };
-        if self.known.iter().filter(same_kind).count() >= 3 {
+        let series = if matches!(request, RequestId::Uuid(_)) { self.series.len() } else { 0 };
+        if self.known.iter().filter(same_kind).count() + series >= 3 {
             return Some(self.text(&Err("RateLimited".into())));
         }
         let result = self.run(ticket, txn, said);
@@ -380,6 +432,10 @@ impl Model {
         let still = match request {
             RequestId::Session { session, .. } => self.sessions.get(&session.0).is_some_and(|s| s.token == incarnation),
             RequestId::Uuid(_) => true,
+            RequestId::Series { series, .. } => {
+                self.use_series(series);
+                true
+            }
         };
         if still {
             self.known.push(Known { request, txn: plain, answer: answer.clone() });

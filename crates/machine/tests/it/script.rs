@@ -466,6 +466,9 @@ pub(crate) fn request(text: &str) -> RequestId {
         Some((session, rest)) => {
             let (seq, acked) = rest.split_once('<').unwrap_or((rest, "0"));
             let (seq, acked_below) = (seq.parse().unwrap(), acked.parse().unwrap());
+            if let Some(series) = session.strip_prefix('~') {
+                return RequestId::Series { series: series.parse().unwrap(), seq, acked_below };
+            }
             RequestId::Session { session: id(session), seq, acked_below }
         }
     }

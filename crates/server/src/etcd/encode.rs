@@ -4,7 +4,7 @@
 //! exactly the fields that etcd 3.7 fills in that place.
 //! Relies on. Lengths fit 32 bits: answers are bounded by memory long before.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tenure_machine::{Change, LogTime, OpReply, RangeReply, Record, Revision, TxnReply};
@@ -19,6 +19,8 @@ pub struct Identity {
     stamp: AtomicU64,
     /// How old what a stale read finds may be.
     stale_ms: AtomicU64,
+    /// The behaviour version of the cluster.
+    behaviour: AtomicU32,
 }
 
 impl Identity {
@@ -26,7 +28,8 @@ impl Identity {
         Self { member: AtomicU64::new(member), ..Self::default() }
     }
 
-    pub(crate) fn advance(&self, cluster: u64, term: u64, stamp: LogTime, stale_ms: u64) {
+    pub(crate) fn advance(&self, cluster: u64, behaviour: u16, term: u64, stamp: LogTime, stale_ms: u64) {
+        self.behaviour.store(u32::from(behaviour), Ordering::Relaxed);
         self.stale_ms.store(stale_ms, Ordering::Relaxed);
         self.cluster.store(cluster, Ordering::Relaxed);
         self.term.store(term, Ordering::Relaxed);
@@ -35,6 +38,10 @@ impl Identity {
 
     pub(crate) fn stale_ms(&self) -> u64 {
         self.stale_ms.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn behaviour(&self) -> u32 {
+        self.behaviour.load(Ordering::Relaxed)
     }
 
     pub(crate) fn stamp(&self) -> LogTime {
@@ -318,7 +325,7 @@ mod tests {
 
     fn identity() -> Identity {
         let identity = Identity::new(7);
-        identity.advance(u64::MAX, 3, LogTime(0), 0);
+        identity.advance(u64::MAX, 3, 3, LogTime(0), 0);
         identity
     }
 

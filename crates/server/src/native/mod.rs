@@ -386,6 +386,7 @@ pub(crate) fn seen(view: &View<'_>, is_stale: bool) -> Option<v1::Header> {
         raft_term: view.identity.term(),
         replayed: false,
         stale_ms: if is_stale { view.identity.stale_ms() } else { 0 },
+        ..v1::Header::default()
     })
 }
 
@@ -472,6 +473,7 @@ pub(crate) fn request_id(meta: Option<&v1::RequestMeta>, caller: &Caller) -> Res
             let session = session_id("request.session", at.session)?;
             Some(RequestId::Session { session, seq: at.seq, acked_below: at.acked_below })
         }
+        Some(Id::Series(at)) => Some(RequestId::Series { series: at.series, seq: at.seq, acked_below: at.acked_below }),
     };
     match (from_message, from_header) {
         (Some(a), Some(b)) if a != b => Err(refuse("request", "the request id and `Idempotency-Key` differ")),

@@ -73,6 +73,7 @@ pub(crate) fn id_for(request: Option<&RequestId>) -> Result<SessionId, Refused> 
             [number(low), number(high)]
         }
         Some(RequestId::Session { session, seq, .. }) => [session.0, *seq],
+        Some(RequestId::Series { series, seq, .. }) => [*series, *seq],
     };
     // splitmix64 over both, so that neighbouring numbers give unrelated ids.
     let mut id = 0u64;

@@ -290,7 +290,8 @@ impl Replies {
     }
 
     fn finish(mut self, context: &Context) -> Bytes {
-        if let Some(header) = full_header(context, tenure_machine::Revision(0), false) {
+        if let Some(mut header) = full_header(context, tenure_machine::Revision(0), false) {
+            header.behaviour = context.identity.behaviour();
             encode::put_bytes(&mut self.bytes, 2, &header.encode_to_vec());
         }
         let len = (self.bytes.len() - FRAME_HEAD) as u32;

@@ -4,7 +4,7 @@
 /// Over HTTP the header `Idempotency-Key` may carry the `uuid`; naming both differently is INVALID.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RequestMeta {
-    #[prost(oneof = "request_meta::Id", tags = "1, 2, 3")]
+    #[prost(oneof = "request_meta::Id", tags = "1, 2, 3, 4")]
     pub id: ::core::option::Option<request_meta::Id>,
 }
 /// Nested message and enum types in `RequestMeta`.
@@ -20,6 +20,9 @@ pub mod request_meta {
         /// The place of the request in the order of one session.
         #[prost(message, tag = "3")]
         Session(super::SessionSeq),
+        /// The place of the request in a series that one caller numbers, without a session.
+        #[prost(message, tag = "4")]
+        Series(super::SeriesSeq),
     }
 }
 /// A request id that costs nothing to remember for long: kept as long as the session lives, SESSION_EXPIRED afterwards.
@@ -28,6 +31,21 @@ pub struct SessionSeq {
     #[prost(uint64, tag = "1")]
     pub session: u64,
     /// Chosen by the owner of the session, each number for one request. At most 1,000 may stay open: RATE_LIMITED.
+    #[prost(uint64, tag = "2")]
+    pub seq: u64,
+    /// All answers below this number have arrived and may be forgotten; a request below it is INVALID.
+    #[prost(uint64, tag = "3")]
+    pub acked_below: u64,
+}
+/// For a caller of many changes: an answer is remembered until the caller says that it has it, or until nothing was asked under the series for 10
+/// minutes of service time (do not retry for longer than half of that). A uuid would be remembered for 10 minutes in any case, and there are places
+/// for 500,000 of them and of series in all.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SeriesSeq {
+    /// Drawn at random by the caller, for itself alone.
+    #[prost(fixed64, tag = "1")]
+    pub series: u64,
+    /// Each number for one request. At most 1,000 may stay open: RATE_LIMITED.
     #[prost(uint64, tag = "2")]
     pub seq: u64,
     /// All answers below this number have arrived and may be forgotten; a request below it is INVALID.
@@ -56,6 +74,9 @@ pub struct Header {
     /// committed since then may be missing.
     #[prost(uint64, tag = "6")]
     pub stale_ms: u64,
+    /// On a pipeline: the behaviour version of the cluster, which all of its members know. From 3 on they know `SeriesSeq`.
+    #[prost(uint32, tag = "7")]
+    pub behaviour: u32,
 }
 /// A key with its value at one revision. Native keys of the namespace `default` are the etcd keys.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
