@@ -26,6 +26,11 @@ pub const RETRY_MAX: Duration = Duration::from_secs(5 * 60);
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_millis(500);
 
+/// The behaviour version from which a cluster knows numbers of a series.
+const SERIES: u32 = 3;
+/// Where every request of a change has its id.
+const REQUEST_FIELD: u32 = 15;
+
 /// Settings of a client.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
@@ -78,6 +83,7 @@ pub struct Client {
 struct Inner {
     options: ClientOptions,
     pipeline: Pipeline,
+    numbers: requests::Numbers,
     /// For the calls that do not go over the pipeline: lists, watches. Dialled when first used.
     channels: Vec<Channel>,
 }
@@ -122,7 +128,7 @@ impl Client {
         }
         let channels = endpoints.iter().map(Endpoint::connect_lazy).collect();
         let pipeline = Pipeline::start(endpoints, options.connect_timeout);
-        Ok(Self { inner: Arc::new(Inner { options, pipeline, channels }) })
+        Ok(Self { inner: Arc::new(Inner { options, pipeline, numbers: requests::Numbers::default(), channels }) })
     }
 
     pub(crate) fn namespace(&self) -> String {
@@ -192,6 +198,32 @@ impl Client {
         request: &Q,
     ) -> Result<A, Error> {
         let call = v1::UnaryCall { method: method.to_owned(), body: request.encode_to_vec().into() };
+        match self.call(plan, Call::Unary(call)).await? {
+            Reply::Unary(bytes) => A::decode(bytes).map_err(|error| Error::Protocol(error.to_string())),
+            _ => Err(mismatched(plan.what)),
+        }
+    }
+
+    /// A fresh request id for a change: a number where the cluster is known to know series, else a one-shot id. It is kept until the call is over.
+    pub(crate) fn request_id(&self) -> Result<RequestId, Error> {
+        if self.inner.pipeline.behaviour() < SERIES {
+            return one_shot().map(RequestId::OneShot);
+        }
+        self.inner.numbers.next().map(RequestId::Numbered).map_err(no_randomness)
+    }
+
+    /// Carries a change out, by the path of its method, under an id that is given here: that of `request` is empty.
+    pub(crate) async fn change<Q: Message, A: Message + Default>(
+        &self,
+        plan: Plan,
+        method: &'static str,
+        request: &Q,
+    ) -> Result<A, Error> {
+        let id = self.request_id()?;
+        let mut body = request.encode_to_vec();
+        // Every request of a change has its id in this field; a test of the definitions holds it.
+        prost::encoding::message::encode(REQUEST_FIELD, &id.meta(), &mut body);
+        let call = v1::UnaryCall { method: method.to_owned(), body: body.into() };
         match self.call(plan, Call::Unary(call)).await? {
             Reply::Unary(bytes) => A::decode(bytes).map_err(|error| Error::Protocol(error.to_string())),
             _ => Err(mismatched(plan.what)),
@@ -352,9 +384,28 @@ fn endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, Error> {
         .initial_connection_window_size(8 << 20))
 }
 
-/// A fresh one-shot request id.
+/// The id of a change, until the change is over.
+pub(crate) enum RequestId {
+    OneShot(v1::RequestMeta),
+    Numbered(requests::Number),
+}
+
+impl RequestId {
+    pub(crate) fn meta(&self) -> v1::RequestMeta {
+        match self {
+            Self::OneShot(meta) => meta.clone(),
+            Self::Numbered(number) => number.meta(),
+        }
+    }
+}
+
+fn no_randomness(error: getrandom::Error) -> Error {
+    Error::Invalid(format!("no randomness for a request id: {error}"))
+}
+
+/// A fresh one-shot request id, for what is named by it later (a wait that is given up), and for calls that are rare.
 pub(crate) fn one_shot() -> Result<v1::RequestMeta, Error> {
-    let uuid = requests::uuid().map_err(|error| Error::Invalid(format!("no randomness for a request id: {error}")))?;
+    let uuid = requests::uuid().map_err(no_randomness)?;
     Ok(v1::RequestMeta { id: Some(v1::request_meta::Id::UuidBytes(uuid.to_vec().into())) })
 }
 

@@ -9,7 +9,7 @@ use std::ops::{Range, RangeInclusive};
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::counter_expect::Fact;
 
-use crate::client::{Client, one_shot};
+use crate::client::Client;
 use crate::error::{Code, Error};
 use crate::kv::Answering;
 
@@ -235,10 +235,10 @@ impl CounterAdd<'_> {
             min: self.min,
             max: self.max,
             namespace: client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = client.plan("counter add", true);
-        let reply: v1::CounterAddReply = client.unary(plan, "/tenure.v1.Counters/Add", &request).await?;
+        let reply: v1::CounterAddReply = client.change(plan, "/tenure.v1.Counters/Add", &request).await?;
         told(reply.counter)
     }
 }
@@ -288,10 +288,10 @@ impl CounterSet<'_> {
             value: Some(self.value),
             expect: self.expect.map(|fact| v1::CounterExpect { fact: Some(fact) }),
             namespace: client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = client.plan("counter set", true);
-        let reply: v1::CounterSetReply = client.unary(plan, "/tenure.v1.Counters/Set", &request).await?;
+        let reply: v1::CounterSetReply = client.change(plan, "/tenure.v1.Counters/Set", &request).await?;
         told(reply.counter)
     }
 }
@@ -313,10 +313,10 @@ impl CounterDelete<'_> {
             name: self.counter.name.clone(),
             expect: self.expect.map(|fact| v1::CounterExpect { fact: Some(fact) }),
             namespace: client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = client.plan("counter delete", true);
-        let reply: v1::CounterDeleteReply = client.unary(plan, "/tenure.v1.Counters/Delete", &request).await?;
+        let reply: v1::CounterDeleteReply = client.change(plan, "/tenure.v1.Counters/Delete", &request).await?;
         Ok(reply.deleted)
     }
 }
@@ -358,10 +358,10 @@ impl Sequence {
             block,
             at_least,
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.client.plan("sequence next", true);
-        let reply: v1::SequenceNextReply = self.client.unary(plan, "/tenure.v1.Sequences/Next", &request).await?;
+        let reply: v1::SequenceNextReply = self.client.change(plan, "/tenure.v1.Sequences/Next", &request).await?;
         Ok(reply.from..reply.to)
     }
 

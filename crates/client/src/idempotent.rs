@@ -19,7 +19,7 @@ use tenure_wire::tenure::v1::idempotency_begin_reply::Result as Begin;
 use tenure_wire::tenure::v1::idempotency_client::IdempotencyClient;
 use tokio::sync::watch;
 
-use crate::client::{Client, one_shot};
+use crate::client::Client;
 use crate::error::{Code, Error, Problem};
 use crate::pipeline::RECEIVE_BYTES;
 
@@ -411,11 +411,11 @@ impl Idempotent {
             wait_ms: millis(self.wait),
             takeover: self.takeover.wire(),
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.client.patient_plan("idempotency begin", self.wait);
         let reply: v1::IdempotencyBeginReply =
-            self.client.unary(plan, "/tenure.v1.Idempotency/Begin", &request).await?;
+            self.client.change(plan, "/tenure.v1.Idempotency/Begin", &request).await?;
         match reply.result {
             Some(Begin::Granted(granted)) => Ok(Begun::Granted(self.granted(key, granted).await?)),
             Some(Begin::InFlight(flight)) => Ok(Begun::InFlight(InFlight {
@@ -584,11 +584,11 @@ impl Idempotent {
             attempt,
             decision: Some(decision),
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.client.plan("idempotency reconcile", true);
         let _: v1::IdempotencyReconcileReply =
-            self.client.unary(plan, "/tenure.v1.Idempotency/Reconcile", &request).await?;
+            self.client.change(plan, "/tenure.v1.Idempotency/Reconcile", &request).await?;
         Ok(())
     }
 }
@@ -753,11 +753,11 @@ impl Attempt {
             attempt: target.attempt,
             checkpoint: Some(checkpoint),
             namespace: target.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = target.client.plan("idempotency checkpoint", true);
         let _: v1::IdempotencyCheckpointReply =
-            target.client.unary(plan, "/tenure.v1.Idempotency/Checkpoint", &request).await?;
+            target.client.change(plan, "/tenure.v1.Idempotency/Checkpoint", &request).await?;
         Ok(())
     }
 
@@ -781,11 +781,11 @@ impl Attempt {
             attempt: target.attempt,
             result: Some(result.wire()),
             namespace: target.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = target.client.plan("idempotency complete", true);
         let _: v1::IdempotencyCompleteReply =
-            target.client.unary(plan, "/tenure.v1.Idempotency/Complete", &request).await?;
+            target.client.change(plan, "/tenure.v1.Idempotency/Complete", &request).await?;
         Ok(())
     }
 
@@ -813,10 +813,10 @@ impl Attempt {
             attempt: target.attempt,
             how: Some(how),
             namespace: target.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = target.client.plan("idempotency fail", true);
-        let _: v1::IdempotencyFailReply = target.client.unary(plan, "/tenure.v1.Idempotency/Fail", &request).await?;
+        let _: v1::IdempotencyFailReply = target.client.change(plan, "/tenure.v1.Idempotency/Fail", &request).await?;
         Ok(())
     }
 
@@ -841,11 +841,11 @@ impl Target {
             attempt_ttl_ms: ttl.map_or(0, millis),
             takeover: takeover.map_or(v1::Takeover::Default.into(), Takeover::wire),
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.client.plan("idempotency heartbeat", true);
         let reply: v1::IdempotencyHeartbeatReply =
-            self.client.unary(plan, "/tenure.v1.Idempotency/Heartbeat", &request).await?;
+            self.client.change(plan, "/tenure.v1.Idempotency/Heartbeat", &request).await?;
         Ok(Duration::from_millis(reply.attempt_ttl_ms))
     }
 }

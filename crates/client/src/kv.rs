@@ -11,7 +11,7 @@ use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Reply;
 use tenure_wire::tenure::v1::request::Call;
 
-use crate::client::{Client, mismatched, one_shot};
+use crate::client::{Client, RequestId, mismatched};
 use crate::error::{Code, Error};
 use crate::lock::LockGuard;
 use crate::session::Session;
@@ -181,7 +181,7 @@ impl Client {
     }
 
     /// Runs a change under a request id of its own, or of the session that it names.
-    async fn change(
+    async fn keyed(
         &self,
         what: &'static str,
         under: Option<&Session>,
@@ -189,11 +189,9 @@ impl Client {
     ) -> Result<Reply, Error> {
         // The number stays open until the last try is over: whoever drops the future early will not send it again either.
         let named = under.and_then(Session::next_request);
-        let meta = match &named {
-            Some(named) => named.meta(),
-            None => one_shot()?,
-        };
-        self.call(self.plan(what, true), call(meta)).await
+        let own = if named.is_none() { Some(self.request_id()?) } else { None };
+        let meta = named.as_ref().map(|named| named.meta()).or_else(|| own.as_ref().map(RequestId::meta));
+        self.call(self.plan(what, true), call(meta.unwrap_or_default())).await
     }
 }
 
@@ -314,7 +312,7 @@ impl Put<'_> {
             request.request = Some(meta);
             Call::Put(request)
         };
-        let Reply::Put(reply) = client.change("put", under.as_ref(), named).await? else {
+        let Reply::Put(reply) = client.keyed("put", under.as_ref(), named).await? else {
             return Err(mismatched("put"));
         };
         let (revision, replayed) = revision(reply.header);
@@ -401,7 +399,7 @@ impl Delete<'_> {
             request.request = Some(meta);
             Call::Delete(request)
         };
-        let Reply::Delete(reply) = client.change("delete", under.as_ref(), named).await? else {
+        let Reply::Delete(reply) = client.keyed("delete", under.as_ref(), named).await? else {
             return Err(mismatched("delete"));
         };
         Ok(reply.into())
@@ -756,7 +754,7 @@ impl Txn<'_> {
             request.request = Some(meta);
             Call::Txn(request)
         };
-        match client.change("txn", under.as_ref(), named).await? {
+        match client.keyed("txn", under.as_ref(), named).await? {
             Reply::Txn(reply) => txn_reply(reply),
             _ => Err(mismatched("txn")),
         }

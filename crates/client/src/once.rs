@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tenure_wire::tenure::v1;
 
-use crate::client::{Client, mismatched, one_shot};
+use crate::client::{Client, mismatched};
 use crate::error::Error;
 use crate::kv::Answering;
 use crate::pipeline::RECEIVE_BYTES;
@@ -305,11 +305,11 @@ impl Client {
             token,
             result_bytes: result.into(),
             namespace: self.namespace(),
-            request: Some(one_shot()?),
+            request: None,
             ..Default::default()
         };
         let plan = self.plan("confirm a marker", true);
-        let _: v1::MarkerConfirmReply = self.unary(plan, "/tenure.v1.Markers/Confirm", &request).await?;
+        let _: v1::MarkerConfirmReply = self.change(plan, "/tenure.v1.Markers/Confirm", &request).await?;
         Ok(())
     }
 
@@ -330,10 +330,10 @@ impl Client {
             token: token.unwrap_or(0),
             reason: reason.into(),
             namespace: self.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.plan("delete a marker", true);
-        let reply: v1::MarkerDeleteReply = self.unary(plan, "/tenure.v1.Markers/Delete", &request).await?;
+        let reply: v1::MarkerDeleteReply = self.change(plan, "/tenure.v1.Markers/Delete", &request).await?;
         Ok(reply.deleted)
     }
 }
@@ -421,13 +421,10 @@ impl PutOnce<'_> {
     }
 
     async fn run(self) -> Result<Once, Error> {
-        let request = v1::MarkerOnceRequest {
-            namespace: self.client.namespace(),
-            request: Some(one_shot()?),
-            ..self.mark.into_wire()
-        };
+        let request =
+            v1::MarkerOnceRequest { namespace: self.client.namespace(), request: None, ..self.mark.into_wire() };
         let plan = self.client.plan("once", true);
-        let reply: v1::MarkerOnceReply = self.client.unary(plan, "/tenure.v1.Markers/Once", &request).await?;
+        let reply: v1::MarkerOnceReply = self.client.change(plan, "/tenure.v1.Markers/Once", &request).await?;
         Ok(Once {
             already_done: reply.already_done,
             unconfirmed: reply.unconfirmed,
@@ -536,10 +533,9 @@ impl ClaimMarker<'_> {
 
     async fn run_claim(self) -> Result<Claimed, Error> {
         use v1::marker_claim_reply::Outcome;
-        let Self { client, mut request } = self;
-        request.request = Some(one_shot()?);
+        let Self { client, request } = self;
         let plan = client.plan("claim", true);
-        let reply: v1::MarkerClaimReply = client.unary(plan, "/tenure.v1.Markers/Claim", &request).await?;
+        let reply: v1::MarkerClaimReply = client.change(plan, "/tenure.v1.Markers/Claim", &request).await?;
         match reply.outcome {
             Some(Outcome::Granted(grant)) => Ok(Claimed::Granted(Claim {
                 client: client.clone(),
@@ -635,10 +631,10 @@ impl Claim {
             fields,
             token: self.token(),
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.client.plan("release a claim", true);
-        let _: v1::MarkerReleaseReply = self.client.unary(plan, "/tenure.v1.Markers/Release", &request).await?;
+        let _: v1::MarkerReleaseReply = self.client.change(plan, "/tenure.v1.Markers/Release", &request).await?;
         Ok(())
     }
 }

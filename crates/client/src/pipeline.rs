@@ -6,6 +6,8 @@
 //! Not promised. Nothing is repeated here; who may repeat what is decided in `calls.rs`, which knows the request ids.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use prost::Message;
@@ -65,14 +67,23 @@ struct Job {
 #[derive(Clone, Debug)]
 pub(crate) struct Pipeline {
     commands: mpsc::Sender<Command>,
+    /// The behaviour version of the cluster, as far as it was heard.
+    behaviour: Arc<AtomicU32>,
 }
 
 impl Pipeline {
     /// Starts the task that owns the connection; it ends with the last clone of what is returned.
     pub(crate) fn start(endpoints: Vec<Endpoint>, connect_timeout: Duration) -> Self {
         let (commands, queue) = mpsc::channel(QUEUE_MAX);
-        tokio::spawn(Dispatcher { queue, endpoints, next: 0, links: 0, connect_timeout }.run());
-        Self { commands }
+        let behaviour = Arc::new(AtomicU32::new(0));
+        let heard = behaviour.clone();
+        tokio::spawn(Dispatcher { queue, endpoints, next: 0, links: 0, connect_timeout, behaviour: heard }.run());
+        Self { commands, behaviour }
+    }
+
+    /// The behaviour version of the cluster; 0 before it was heard. It never goes back.
+    pub(crate) fn behaviour(&self) -> u32 {
+        self.behaviour.load(Ordering::Relaxed)
     }
 
     /// One try: sends the request and waits for what becomes of it.
@@ -113,6 +124,7 @@ struct Dispatcher {
     /// Connections made so far, which is the name of the current one.
     links: u64,
     connect_timeout: Duration,
+    behaviour: Arc<AtomicU32>,
 }
 
 struct Link {
@@ -194,7 +206,12 @@ impl Dispatcher {
                     }
                 }
                 message = link.replies.message() => match message {
-                    Ok(Some(replies)) => state.hear(replies),
+                    Ok(Some(replies)) => {
+                        if let Some(header) = &replies.header {
+                            self.behaviour.fetch_max(header.behaviour, Ordering::Relaxed);
+                        }
+                        state.hear(replies);
+                    }
                     Ok(None) => break "the server closed the stream".to_owned(),
                     Err(status) => break words(&status),
                 },

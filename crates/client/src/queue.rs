@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 
-use crate::client::{Client, one_shot};
+use crate::client::Client;
 use crate::clock::BootTime;
 use crate::error::{Code, Error};
 use crate::lease::{LeaseTiming, LostReason};
@@ -108,10 +108,10 @@ impl Client {
             reason: reason.to_owned(),
             force,
             namespace: self.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.plan("cancel job", true);
-        self.unary(plan, "/tenure.v1.Queues/Cancel", &request).await.map(|reply: v1::MoveReply| reply.state)
+        self.change(plan, "/tenure.v1.Queues/Cancel", &request).await.map(|reply: v1::MoveReply| reply.state)
     }
 
     /// Settles a delivery by its receipt, where no [`Delivery`] is at hand: the job is done.
@@ -146,10 +146,10 @@ impl Client {
             reason: reason.to_owned(),
             dead,
             namespace: self.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.plan("nack", true);
-        self.unary(plan, "/tenure.v1.Queues/Nack", &request).await.map(|reply: v1::MoveReply| reply.into())
+        self.change(plan, "/tenure.v1.Queues/Nack", &request).await.map(|reply: v1::MoveReply| reply.into())
     }
 
     /// Gives a job back unharmed; no attempt is spent.
@@ -157,10 +157,9 @@ impl Client {
     /// # Errors
     /// FENCED for any but the receipt of the newest delivery, else as every change.
     pub async fn release_job(&self, id: &str, token: u64) -> Result<JobMoved, Error> {
-        let request =
-            v1::JobReleaseRequest { id: id.to_owned(), token, namespace: self.namespace(), request: Some(one_shot()?) };
+        let request = v1::JobReleaseRequest { id: id.to_owned(), token, namespace: self.namespace(), request: None };
         let plan = self.plan("release job", true);
-        self.unary(plan, "/tenure.v1.Queues/Release", &request).await.map(|reply: v1::MoveReply| reply.into())
+        self.change(plan, "/tenure.v1.Queues/Release", &request).await.map(|reply: v1::MoveReply| reply.into())
     }
 
     /// Prolongs a delivery by its receipt; `None` gives it its visibility again.
@@ -410,10 +409,10 @@ impl Queue {
             queue: self.name.clone(),
             jobs: jobs.into_iter().map(|job| job.0).collect(),
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.client.plan("enqueue", true);
-        let reply: v1::EnqueueReply = self.client.unary(plan, "/tenure.v1.Queues/Enqueue", &request).await?;
+        let reply: v1::EnqueueReply = self.client.change(plan, "/tenure.v1.Queues/Enqueue", &request).await?;
         Ok(reply.jobs.into_iter().map(|job| Enqueued { id: job.id, duplicate: job.duplicate }).collect())
     }
 
@@ -512,11 +511,11 @@ impl Queue {
         let request = v1::QueueConfigureRequest {
             queue: self.name.clone(),
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
             ..change.request()
         };
         let plan = self.client.plan("configure queue", true);
-        let reply: v1::QueueConfigureReply = self.client.unary(plan, "/tenure.v1.Queues/Configure", &request).await?;
+        let reply: v1::QueueConfigureReply = self.client.change(plan, "/tenure.v1.Queues/Configure", &request).await?;
         Ok(reply.settings.unwrap_or_default().into())
     }
 
@@ -538,9 +537,8 @@ impl Queue {
             ..Default::default()
         };
         loop {
-            request.request = Some(one_shot()?);
             let plan = self.client.plan("redrive", true);
-            let reply: v1::SweepReply = self.client.unary(plan, "/tenure.v1.Queues/Redrive", &request).await?;
+            let reply: v1::SweepReply = self.client.change(plan, "/tenure.v1.Queues/Redrive", &request).await?;
             count += reply.count;
             skipped += reply.skipped;
             if reply.next.is_empty() {
@@ -564,10 +562,10 @@ impl Queue {
                 confirm: self.name.clone(),
                 remove,
                 namespace: self.client.namespace(),
-                request: Some(one_shot()?),
+                request: None,
             };
             let plan = self.client.plan("purge", true);
-            let reply: v1::SweepReply = self.client.unary(plan, "/tenure.v1.Queues/Purge", &request).await?;
+            let reply: v1::SweepReply = self.client.change(plan, "/tenure.v1.Queues/Purge", &request).await?;
             count += reply.count;
             // What only keeps its key stays there however often it is asked for.
             if reply.next.is_empty() || reply.count == 0 {

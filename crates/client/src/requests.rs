@@ -2,11 +2,15 @@
 //!
 //! Promises. An id is never used for two requests. `acked_below` never passes a request whose answer has not arrived (or whose
 //! caller has not given up for good), because the server forgets everything below it. At most [`OPEN_MAX`] requests of a session
-//! are open at once, as the server demands; more wait for a place.
+//! are open at once, as the server demands; more wait for a place. In a series of the client's own an old open request holds nobody up: the next
+//! series begins.
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// Requests of one session that may be open at once; the server's default limit.
+use tenure_wire::tenure::v1;
+
+/// Requests of one session that may be open at once, or of one series; the server's default limit.
 pub(crate) const OPEN_MAX: usize = 1_000;
 
 /// Numbers the mutating requests of one session.
@@ -42,6 +46,65 @@ impl Sequence {
     /// Every answer below this has arrived.
     pub(crate) fn acked_below(&self) -> u64 {
         self.open.first().copied().unwrap_or(self.next)
+    }
+}
+
+/// The series under which a client numbers its changes. The server forgets a numbered answer as soon as the client says that it has it, which it does with
+/// the next change; a one-shot id would keep its place for ten minutes.
+#[derive(Debug, Default)]
+pub(crate) struct Numbers {
+    current: Mutex<Option<Arc<Series>>>,
+}
+
+#[derive(Debug)]
+struct Series {
+    id: u64,
+    sequence: Mutex<Sequence>,
+}
+
+impl Series {
+    fn sequence<T>(&self, act: impl FnOnce(&mut Sequence) -> T) -> T {
+        act(&mut self.sequence.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Numbers {
+    /// Opens the next request.
+    pub(crate) fn next(&self) -> Result<Number, getrandom::Error> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(series) = &*current
+            && let Some(seq) = series.sequence(Sequence::begin)
+        {
+            return Ok(Number { series: series.clone(), seq });
+        }
+        let mut id = [0; 8];
+        getrandom::fill(&mut id)?;
+        let mut sequence = Sequence::new();
+        let seq = sequence.begin().unwrap_or(1);
+        let series = Arc::new(Series { id: u64::from_le_bytes(id), sequence: Mutex::new(sequence) });
+        *current = Some(series.clone());
+        Ok(Number { series, seq })
+    }
+}
+
+/// A change that is open under a series. Dropped when its last try is over: the server is then told that it may forget it.
+#[derive(Debug)]
+pub(crate) struct Number {
+    series: Arc<Series>,
+    seq: u64,
+}
+
+impl Number {
+    pub(crate) fn meta(&self) -> v1::RequestMeta {
+        let acked_below = self.series.sequence(|sequence| sequence.acked_below());
+        let series = v1::SeriesSeq { series: self.series.id, seq: self.seq, acked_below };
+        v1::RequestMeta { id: Some(v1::request_meta::Id::Series(series)) }
+    }
+}
+
+impl Drop for Number {
+    fn drop(&mut self) {
+        self.series.sequence(|sequence| sequence.done(self.seq));
     }
 }
 
@@ -88,6 +151,25 @@ mod tests {
         assert_eq!(sequence.begin(), None);
         sequence.done(first);
         assert!(sequence.begin().is_some());
+    }
+
+    #[test]
+    fn an_old_request_does_not_hold_up_those_of_the_next_series() {
+        use v1::request_meta::Id;
+        let place = |number: &Number| match number.meta().id {
+            Some(Id::Series(at)) => (at.series, at.seq, at.acked_below),
+            other => panic!("{other:?}"),
+        };
+        let numbers = Numbers::default();
+        let waits = numbers.next().unwrap();
+        let (first, ..) = place(&waits);
+        for seq in 2..=OPEN_MAX as u64 {
+            assert_eq!(place(&numbers.next().unwrap()), (first, seq, 1));
+        }
+        let next = numbers.next().unwrap();
+        assert_eq!((place(&next).1, place(&next).2), (1, 1));
+        assert_ne!(place(&next).0, first);
+        assert_eq!(place(&waits), (first, 1, 1));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tenure_wire::tenure::v1::check::Fact;
 use tenure_wire::tenure::v1::txn_answer::Answer as Wire;
 use tenure_wire::tenure::v1::txn_op::Op as Asked;
 
-use crate::client::{Client, mismatched, one_shot};
+use crate::client::{Client, RequestId, mismatched, one_shot};
 use crate::error::Error;
 use crate::kv::{Answering, Compare, LockProof, Op, RangeReply, Record};
 use crate::once::{Claim, Marker, MarkerName, OnceMark};
@@ -316,10 +316,8 @@ impl Transaction<'_> {
     async fn run(self) -> Result<TransactionReply, Error> {
         let Self { client, mut request, under } = self;
         let named = under.as_ref().and_then(Session::next_request);
-        request.request = Some(match &named {
-            Some(named) => named.meta(),
-            None => one_shot()?,
-        });
+        let own = if named.is_none() { Some(client.request_id()?) } else { None };
+        request.request = named.as_ref().map(|named| named.meta()).or_else(|| own.as_ref().map(RequestId::meta));
         let plan = client.plan("transaction", true);
         let reply: v1::TxnRunReply = client.unary(plan, PATH, &request).await?;
         let header = reply.header.unwrap_or_default();
