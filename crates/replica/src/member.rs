@@ -1228,7 +1228,12 @@ impl<D: Disk> Member<D> {
         }
         let (origin, count) = (batch.origin, batch.txns.len() as u64);
         let batch = self.sabotaged(batch);
+        let members = self.machine.members_version();
         self.machine.apply(at, batch, &mut applied)?;
+        if self.machine.members_version() != members {
+            // What this makes possible is done at once: a new cluster is whole within a few commits.
+            self.reconcile_at = 0;
+        }
         self.arrived(origin, count);
         out.changes.append(&mut applied.changes);
         for event in applied.sessions.drain(..) {
@@ -1344,6 +1349,9 @@ impl<D: Disk> Member<D> {
         let mut at = now + tick.max(1);
         if let Some(lead) = self.lead.as_ref().filter(|l| l.serving) {
             at = at.min(self.deadlines.next().unwrap_or(u64::MAX)).min(lead.moment(self.next_stamp(lead)));
+            if self.reconcile_at == 0 {
+                at = now;
+            }
         }
         if self.log.wants_mark() {
             at = at.min(self.wrote_at + QUIET_MS);
