@@ -71,12 +71,16 @@ mod reservations;
 mod restore;
 #[path = "../src/schedules.rs"]
 mod schedules;
+#[path = "../src/seen.rs"]
+mod seen;
 #[path = "../src/sessions.rs"]
 mod sessions;
 #[path = "../src/snapmap.rs"]
 mod snapmap;
 #[path = "../src/snapshot.rs"]
 mod snapshot;
+#[path = "../src/tallies.rs"]
+mod tallies;
 #[path = "../src/types.rs"]
 mod types;
 #[path = "../src/waits.rs"]

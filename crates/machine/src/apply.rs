@@ -25,6 +25,7 @@ use crate::reply::*;
 use crate::requests::{Requests, Seen};
 use crate::sessions::{self, Session, SessionFacts, Sessions};
 use crate::snapshot::Running;
+use crate::tallies::Tallies;
 use crate::types::*;
 use crate::waits::{Ask, Waiter, WaiterNumber, Waits};
 use std::cmp::Ordering;
@@ -146,6 +147,8 @@ pub struct Machine {
     pub(crate) objects: Objects,
     pub(crate) requests: Requests,
     pub(crate) ring: Ring,
+    /// The changes of busy kinds. Not in snapshots: whoever watches them across a restart of the member begins anew.
+    pub(crate) busy_ring: Ring,
     pub(crate) members: Members,
     pub(crate) marks: Marks,
     pub(crate) sums: Sums,
@@ -153,6 +156,7 @@ pub struct Machine {
     pub(crate) memory_limits: crate::query::MemoryLimits,
     pub(crate) snapshot: Option<Running>,
     pub(crate) lock_counts: LockCounts,
+    pub(crate) tallies: Tallies,
     /// The newest behaviour version that this member takes part in.
     known: u16,
 }
@@ -182,12 +186,14 @@ impl Machine {
             objects: Objects::new(),
             requests: Requests::new(),
             ring: Ring::new(),
+            busy_ring: Ring::busy(Revision(0)),
             members: Members::new(),
             marks: Marks::new(),
             sums: Sums::new(Index(0), 0),
             memory_limits: crate::query::MemoryLimits::default(),
             snapshot: None,
             lock_counts: LockCounts::default(),
+            tallies: Tallies::default(),
             known: BEHAVIOUR,
         }
     }
@@ -374,6 +380,12 @@ impl Machine {
         result: Result<OpReply, Rejection>,
         out: &mut Applied,
     ) {
+        if let Ok(reply) = &result {
+            self.tallies.answered(reply);
+            if waiter.on.first().is_some_and(|on| LockKey::of_object(on).is_some()) {
+                self.tallies.waited_for_lock(self.stamp.0 - waiter.since.0);
+            }
+        }
         let result = result.map(|reply| TxnReply { succeeded: waiter.succeeded, results: vec![reply] });
         self.sums.event([sum_event::WAIT_ENDED, number, u64::from(result.is_ok())]);
         let reply = Reply { revision: self.revision, replayed: false, result };
@@ -476,10 +488,17 @@ impl Machine {
         match commit.run(ops, decided, &mut decisions.into_iter(), true) {
             Ok(results) => match commit.finish() {
                 Some(waiter) => Ran::Waits(waiter),
-                None => Ran::Answered(Ok(TxnReply { succeeded, results })),
+                None => {
+                    results.iter().for_each(|reply| self.tallies.answered(reply));
+                    Ran::Answered(Ok(TxnReply { succeeded, results }))
+                }
             },
             Err(rejection) => {
                 commit.undo();
+                if let Rejection::Fenced { .. } = rejection {
+                    let is_release = matches!(txn.then[..], [Op::LockRelease { .. }]);
+                    self.tallies.fenced(if is_release { "lock" } else { "requirement" });
+                }
                 Ran::Answered(Err(rejection))
             }
         }
@@ -719,7 +738,7 @@ impl<'a> Commit<'a> {
         for change in &out.changes[self.changes_before..] {
             m.sums.change(change);
             if change.record.key()[0] == Space::Native as u8 {
-                m.ring.push(change.clone(), ring_max);
+                m.ring_of(change.record.key()).push(change.clone(), ring_max);
             }
         }
         for event in &out.sessions[self.events_before..] {
@@ -1375,6 +1394,7 @@ impl<'a> Commit<'a> {
         self.m.limits[limit as usize - 1] = value;
         if limit == Limit::RingChanges {
             self.m.ring.shrink(value);
+            self.m.busy_ring.shrink(value);
         }
         Ok(OpReply::Done)
     }

@@ -5,7 +5,8 @@
 //! compare cannot take a later counter of the same name for the earlier one. C3: what a sequence gives out it never gives again: a sequence only
 //! moves forward, and is not deleted.
 //! Not promised. A sequence without gaps: numbers that were given to someone who died are lost. Whoever needs every number adds to a counter in
-//! the transaction that uses the number. Changes are not told to watchers: counters change too often for the ring that they share.
+//! the transaction that uses the number. Watchers are told of changes, from a ring apart from that of what changes
+//! less often.
 //! Relies on. Remembered requests: an addition that is sent again under its request id is answered, not repeated.
 
 use crate::apply::{Commit, Machine, invalid};
@@ -46,7 +47,7 @@ coded_struct! {
 }
 
 impl Lived for Counter {
-    const WATCHED: bool = false;
+    const BUSY: bool = true;
 
     fn bytes(&self) -> u64 {
         0
@@ -54,7 +55,7 @@ impl Lived for Counter {
 }
 
 impl Lived for Sequence {
-    const WATCHED: bool = false;
+    const BUSY: bool = true;
 
     fn bytes(&self) -> u64 {
         0

@@ -437,6 +437,16 @@ impl Machine {
         }
     }
 
+    /// The elections that this session leads and should give up, for a candidate with a higher priority waits.
+    pub fn elections_to_yield(&self, namespace: NamespaceId, session: SessionId) -> Vec<Box<[u8]>> {
+        let led = self.objects.kind_of_session::<Election>(namespace, session);
+        let yields = led.filter(|(key, election)| {
+            let leader = election.leader.as_ref().filter(|leader| leader.session == session);
+            leader.is_some_and(|leader| self.should_yield(key, leader))
+        });
+        yields.map(|(key, _)| key.name().into()).collect()
+    }
+
     fn should_yield(&self, key: &ObjectKey, leader: &Leader) -> bool {
         let first = self.waits.head(key).and_then(|number| self.waits.get(number));
         first.is_some_and(|waiter| waiter.rank < rank(leader.priority))

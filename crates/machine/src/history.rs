@@ -17,16 +17,24 @@ pub(crate) struct Ring {
     /// Watches can start here or later.
     floor: Revision,
     bytes: u64,
+    bytes_max: u64,
 }
 
 /// A change in the ring, beside its records.
 const CHANGE_BYTES: usize = 96;
 /// However few changes that are: a ring of large objects must not take the memory of what lives.
 const RING_BYTES_MAX: u64 = 64 << 20;
+/// Of the ring of busy kinds, whose records are small. It is so little that it is not accounted.
+const BUSY_BYTES_MAX: u64 = 8 << 20;
 
 impl Ring {
     pub(crate) fn new() -> Self {
-        Self { changes: VecDeque::new(), floor: Revision(0), bytes: 0 }
+        Self::load(Vec::new(), Revision(0))
+    }
+
+    /// For the changes of busy kinds, from a revision on. In no snapshot, so that a member may have a shorter one than another.
+    pub(crate) fn busy(floor: Revision) -> Self {
+        Self { bytes_max: BUSY_BYTES_MAX, ..Self::load(Vec::new(), floor) }
     }
 
     pub(crate) fn push(&mut self, change: Change, max: u64) {
@@ -37,7 +45,7 @@ impl Ring {
 
     /// Drops the oldest changes above a limit of changes, and above that of bytes. A revision of which something is gone cannot be watched any more.
     pub(crate) fn shrink(&mut self, max: u64) {
-        while self.changes.len() as u64 > max || self.bytes > RING_BYTES_MAX {
+        while self.changes.len() as u64 > max || self.bytes > self.bytes_max {
             let Some(gone) = self.changes.pop_front() else { return };
             self.bytes -= change_bytes(&gone);
             self.floor = gone.record.meta().mod_revision.next();
@@ -54,7 +62,7 @@ impl Ring {
 
     pub(crate) fn load(changes: Vec<Change>, floor: Revision) -> Self {
         let bytes = changes.iter().map(change_bytes).sum();
-        Self { changes: changes.into(), floor, bytes }
+        Self { changes: changes.into(), floor, bytes, bytes_max: RING_BYTES_MAX }
     }
 
     pub(crate) fn memory(&self) -> u64 {

@@ -47,6 +47,7 @@ mod seen;
 mod sessions;
 mod snapmap;
 mod snapshot;
+mod tallies;
 mod types;
 mod waits;
 
@@ -87,14 +88,14 @@ pub use markers::{
 };
 pub use members::MEMBERS_MAX;
 pub use native::{NativeOp, NativeReply, Refusal, RefusalCode};
-pub use objects::{Object, Stored};
+pub use objects::{Object, Stored, is_busy};
 pub use query::{Counts, Memory, MemoryLimits, Overload};
 pub use queues::{
     Ack, AckJobs, Beat, Breaker, CancelJob, ConfigureQueue, DeadFilter, Dedup, DedupScope, Delivered, Enqueue,
     Enqueued, HowEnded, JOB_HEADERS_MAX, JOB_KEY_MAX, JOB_PAYLOAD_MAX, JOB_RESULT_MAX, JOB_STATES, JOBS_PER_CALL, Job,
-    JobEnd, JobHeartbeat, JobId, JobInfo, JobLease, JobState, JobTerms, Moved, Nack, NewJob, OnDead, OnDuplicate,
-    PastDelivery, Purge, QUEUE_NAME_MAX, Queue, QueueInfo, QueueOp, QueueReply, QueueSettings, RECEIVE_PLACES_MAX,
-    Receipt, Receive, Received, Redrive, Settled, Swept, Tally, waiting_receiver,
+    JobCounts, JobEnd, JobHeartbeat, JobId, JobInfo, JobLease, JobState, JobTerms, Moved, Nack, NewJob, OnDead,
+    OnDuplicate, PastDelivery, Purge, QUEUE_NAME_MAX, Queue, QueueInfo, QueueOp, QueueReply, QueueSettings,
+    RECEIVE_PLACES_MAX, Receipt, Receive, Received, Redrive, Settled, Swept, Tally, waiting_receiver,
 };
 pub use record::{Meta, Record};
 pub use registry::{
@@ -114,4 +115,5 @@ pub use schedules::{
 pub use seen::{LOCKS, SESSIONS, Seen, SharedLock, kind_of};
 pub use sessions::SessionInfo;
 pub use snapshot::Loader;
+pub use tallies::{BEGIN_OUTCOMES, FENCED_KINDS, Tallies, WAIT_BOUNDS_MS, WaitTally};
 pub use types::*;

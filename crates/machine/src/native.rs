@@ -3,9 +3,13 @@
 
 use crate::apply::{Commit, Machine};
 use crate::coded::{coded_enum, coded_struct};
-use crate::elections::ElectionReply;
-use crate::lock_ops::LockReply;
+use crate::command::{Op, Txn, Wait};
+use crate::elections::{CampaignWait, ElectionOp, ElectionReply};
+use crate::idempotency::IdempotencyOp;
+use crate::lock_ops::{LockOp, LockReply};
+use crate::queues::QueueOp;
 use crate::reply::{OpReply, Rejection};
+use crate::reservations::ReservationOp;
 use crate::types::SessionId;
 use crate::waits::Waiter;
 use crate::{
@@ -43,7 +47,8 @@ macro_rules! primitives {
 
         impl Commit<'_> {
             pub(crate) fn native(&mut self, op: &NativeOp) -> Result<OpReply, Rejection> {
-                match op { $(NativeOp::$primitive(op) => self.$run(op),)* }
+                let result = match op { $(NativeOp::$primitive(op) => self.$run(op),)* };
+                result.inspect_err(|rejection| self.m.tallies.refused(op, rejection))
             }
         }
 
@@ -93,6 +98,32 @@ impl NativeOp {
         match self {
             Self::Config(op) => op.as_asked(),
             _ => None,
+        }
+    }
+}
+
+impl Txn {
+    /// Whether its caller may be answered later than by the commit itself.
+    pub fn may_wait(&self) -> bool {
+        // What waits stands alone.
+        match &self.then[..] {
+            [Op::LockAcquire(acquire)] => acquire.wait != Wait::None,
+            [Op::Native(op)] => op.may_wait(),
+            _ => false,
+        }
+    }
+}
+
+impl NativeOp {
+    fn may_wait(&self) -> bool {
+        match self {
+            Self::Lock(LockOp::Acquire(ask)) => ask.wait != Wait::None,
+            Self::Election(ElectionOp::Campaign(campaign)) => campaign.wait != CampaignWait::None,
+            Self::Idempotency(IdempotencyOp::Begin(begin)) => begin.wait_ms > 0,
+            Self::Queue(QueueOp::Receive(receive)) => receive.wait_ms > 0,
+            Self::Queue(QueueOp::Ack(acks)) => acks.receive.as_ref().is_some_and(|receive| receive.wait_ms > 0),
+            Self::Reservation(ReservationOp::Reserve(reserve)) => reserve.wait_ms != Some(0),
+            _ => false,
         }
     }
 }

@@ -109,8 +109,11 @@ pub trait Stored: Sized {
 
 /// What an object does in its life.
 pub(crate) trait Lived: Stored + Coded {
-    /// Whether watchers of the native space see its changes. What is large or changes often is not watched.
+    /// Whether watchers of the native space see its changes. What is large or comes in great numbers is not watched.
     const WATCHED: bool = true;
+
+    /// Watched, but changed so often that its changes would drive those of all other kinds out of the ring: they have one of their own.
+    const BUSY: bool = false;
 
     /// Accounted bytes beside the key and a fixed part.
     fn bytes(&self) -> u64;
@@ -209,6 +212,14 @@ macro_rules! kinds {
 
             fn digest(&self) -> u64 {
                 match self { $(Self::$kind(it) => it.digest(),)* }
+            }
+        }
+
+        /// Whether the changes of a kind are kept apart from those of the others; see `Lived::BUSY`.
+        pub fn is_busy(kind: u8) -> bool {
+            match kind {
+                $($letter => $kind::BUSY,)*
+                _ => false,
             }
         }
 
@@ -402,6 +413,20 @@ impl Objects {
     pub(crate) fn of_session(&self, session: SessionId) -> Vec<ObjectKey> {
         let from = (session, ObjectKey(Arc::from(&b""[..])));
         self.by_session.range(from..).take_while(|(s, _)| *s == session).map(|(_, key)| key.clone()).collect()
+    }
+
+    /// What of one kind names a session. Costs nothing for a session that no object names.
+    pub(crate) fn kind_of_session<'a, T: Stored + 'a>(
+        &'a self,
+        namespace: NamespaceId,
+        session: SessionId,
+    ) -> impl Iterator<Item = (&'a ObjectKey, &'a T)> {
+        let known = self.session_counts.contains_key(&session);
+        let from = known.then(|| (session, ObjectKey::of::<T>(namespace, b"")));
+        let named = from.into_iter().flat_map(|from| self.by_session.range(from..));
+        let ours =
+            named.take_while(move |(of, key)| *of == session && key.kind() == T::KIND && key.namespace() == namespace);
+        ours.filter_map(|(_, key)| Some((key, self.get::<T>(key)?)))
     }
 
     /// As a session's limit counts them.

@@ -11,11 +11,13 @@ use crate::command::*;
 use crate::keys::ChangeSlice;
 use crate::lock_events::{LockEvent, LockEvents};
 use crate::locks::{LockInfo, LockKey};
-use crate::objects::{ObjectKey, Stored};
+use crate::objects::{ObjectKey, Stored, is_busy};
 use crate::record::Record;
 use crate::reply::*;
 use crate::requests::Seen;
+use crate::seen::kind_of;
 use crate::sessions::{Session, SessionInfo};
+use crate::tallies::Tallies;
 use crate::types::*;
 use std::fmt;
 
@@ -198,6 +200,9 @@ impl Machine {
     pub fn changes(&self, span: &Span, from: Revision, max_bytes: usize) -> Result<ChangeSlice, Rejection> {
         match span.start.as_bytes().first() {
             Some(&space) if space == Space::Keys as u8 => self.keys.changes(span, from, max_bytes, self.revision),
+            _ if kind_of(span.start.as_bytes()).is_some_and(is_busy) => {
+                self.busy_ring.changes(span, from, max_bytes, self.revision)
+            }
             _ => self.ring.changes(span, from, max_bytes, self.revision),
         }
     }
@@ -261,6 +266,11 @@ impl Machine {
     pub fn lock_events(&self, ns: NamespaceId, name: &[u8]) -> Vec<LockEvent> {
         let events = self.object::<LockEvents>(ns, name);
         events.map(|events| events.told(self.stamp).cloned().collect()).unwrap_or_default()
+    }
+
+    /// What this member has seen happen since it started.
+    pub fn tallies(&self) -> &Tallies {
+        &self.tallies
     }
 
     /// What happened to locks since this member started.

@@ -61,7 +61,7 @@ impl Pool {
 
 impl Lived for Pool {
     // As busy as what it counts.
-    const WATCHED: bool = false;
+    const BUSY: bool = true;
 
     fn bytes(&self) -> u64 {
         size_of::<Self>() as u64

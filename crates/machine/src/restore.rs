@@ -41,6 +41,7 @@ impl Machine {
         self.compact_floor = revision.0 as i64;
         self.keys.compact(revision);
         self.ring = Ring::load(Vec::new(), revision);
+        self.busy_ring = Ring::busy(revision);
         self.marks = Marks::new();
         self.members.clear();
         self.position.index = Index(self.position.index.0.max(revision.0));

@@ -1,12 +1,14 @@
 //! The native space as those who watch it see it: each thing as the record that its last change put into the ring.
 //!
 //! Promises. V1: a page of things is of one moment, and pages follow one another in one order. V2: a thing in a page has the value that its
-//! last change told watchers. V3: kinds that are not watched are in no page.
+//! last change told watchers. V3: kinds that are not watched are in no page, and
+//! busy ones in none of all kinds together: who watches those names them.
 //! Not promised. When an object changed last: objects do not know it, so their records in pages have revision 0.
 
 use crate::apply::Machine;
 use crate::codec::{self, Reader};
 use crate::command::SessionCreate;
+use crate::history::Ring;
 use crate::locks::{Lock, LockKey};
 use crate::objects::{self, Object};
 use crate::record::Record;
@@ -68,7 +70,12 @@ pub fn kind_of(key: &[u8]) -> Option<u8> {
 }
 
 impl Machine {
-    /// The lowest revision from which the native space can be watched.
+    /// Where the changes of a native key are kept.
+    pub(crate) fn ring_of(&mut self, key: &[u8]) -> &mut Ring {
+        if kind_of(key).is_some_and(objects::is_busy) { &mut self.busy_ring } else { &mut self.ring }
+    }
+
+    /// The lowest revision from which the native space can be watched, apart from what is busy.
     pub fn native_floor(&self) -> Revision {
         self.ring.floor()
     }
@@ -99,10 +106,13 @@ impl Machine {
             Some(after) => Bound::Excluded(objects::ObjectKey::from_native(after.as_bytes())),
             None => Bound::Included(objects::ObjectKey::from_native(span.start.as_bytes())),
         };
+        let names_kind = kind_of(span.start.as_bytes()).is_some();
         let within = self.objects.table.range((from, Bound::Unbounded));
         within
             .take_while(|(key, _)| is_below_end(span, key.as_bytes()))
-            .filter(|(_, object)| objects::is_watched(Some(object)))
+            .filter(move |(key, object)| {
+                objects::is_watched(Some(object)) && (names_kind || !objects::is_busy(key.kind()))
+            })
             .map(|(key, object)| objects::record(key, Some(object), Revision(0), 0))
     }
 

@@ -395,6 +395,7 @@ impl Loader {
         m.keys = Keys::load(self.records.into_iter(), self.compacted)
             .ok_or(DecodeError::Malformed { what: "the keys of a snapshot" })?;
         m.ring = Ring::load(self.ring, self.ring_floor);
+        m.busy_ring = Ring::busy(m.revision.next());
         m.marks = Marks::load(self.marks);
         m.requests.finish_load();
         attach_keys(&mut m)?;

@@ -85,6 +85,11 @@ impl Index {
         self.lines.get(&queue)
     }
 
+    /// The queues that have or had jobs, with their names.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&ObjectKey, &Lines)> {
+        self.lines.iter().filter_map(|(number, lines)| Some((self.names.get(number)?, lines)))
+    }
+
     pub(crate) fn name(&self, queue: u64) -> Option<&ObjectKey> {
         self.names.get(&queue)
     }

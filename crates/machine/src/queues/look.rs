@@ -28,6 +28,15 @@ pub struct JobInfo {
     pub job: Job,
 }
 
+/// The jobs of all queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct JobCounts {
+    /// By the place of the state in `JOB_STATES`.
+    pub states: [u64; 8],
+    /// Since the enqueue of the first job that is ready, in any queue.
+    pub oldest_ready_ms: u64,
+}
+
 /// Tenants that are told.
 const TENANTS_MAX: usize = 100;
 
@@ -65,6 +74,20 @@ impl Machine {
         };
         let Some(lines) = self.objects.indexes.queues.lines(queue.number) else { return Vec::new() };
         lines.of_state(state, after).take(max).filter_map(|id| self.job(namespace, id)).collect()
+    }
+
+    /// A walk over the queues, not over their jobs.
+    pub fn job_counts(&self) -> JobCounts {
+        let mut counts = JobCounts::default();
+        for (queue, lines) in self.objects.indexes.queues.all() {
+            for (sum, count) in counts.states.iter_mut().zip(lines.counts) {
+                *sum += count;
+            }
+            let oldest = lines.oldest_ready().and_then(|id| self.objects.get::<Job>(&id.key(queue.namespace())));
+            let age_ms = oldest.map_or(0, |job| self.stamp.0.saturating_sub(job.enqueued.0));
+            counts.oldest_ready_ms = counts.oldest_ready_ms.max(age_ms);
+        }
+        counts
     }
 
     fn queue_info(&self, key: &ObjectKey, queue: &Queue) -> QueueInfo {

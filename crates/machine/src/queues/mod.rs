@@ -21,7 +21,7 @@ pub(crate) use index::Index;
 pub use job::{
     Dedup, DedupScope, HowEnded, JOB_STATES, Job, JobEnd, JobId, JobLease, JobState, JobTerms, PastDelivery,
 };
-pub use look::{JobInfo, QueueInfo};
+pub use look::{JobCounts, JobInfo, QueueInfo};
 pub(crate) use rules::{check_job, check_queue_name};
 
 use crate::apply::{Commit, Machine};
