@@ -69,6 +69,9 @@ pub(crate) struct ServeArgs {
     /// Most operations in one list of a transaction
     #[arg(long, env = "TENURE_MAX_TXN_OPS", default_value_t = 128, value_name = "N")]
     max_txn_ops: u64,
+    /// Most streams that watch or observe at a time; those of etcd's clients are not counted
+    #[arg(long, env = "TENURE_MAX_WATCH_STREAMS", default_value_t = 20_000, value_name = "N")]
+    max_watch_streams: u64,
     /// History is kept at least this long
     #[arg(long, env = "TENURE_HISTORY", default_value = "1h", value_parser = duration, value_name = "DURATION")]
     history: Duration,
@@ -211,6 +214,7 @@ fn config(args: &ServeArgs) -> Config {
         memory_hard_limit: args.memory_hard_limit,
         max_request_bytes: args.max_request_bytes,
         max_txn_ops: args.max_txn_ops,
+        max_watch_streams: args.max_watch_streams,
         election_timeout: args.election_timeout,
         heartbeat: args.heartbeat,
         snapshot_log_bytes: args.snapshot_log_bytes,

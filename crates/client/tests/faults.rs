@@ -129,7 +129,7 @@ fn created(ttl_ms: u64) -> Reply {
 }
 
 fn renewed(ttl_ms: u64) -> Reply {
-    let renewal = v1::SessionRenewal { id: 5, token: 9, ttl_ms, remaining_ms: ttl_ms, error: None };
+    let renewal = v1::SessionRenewal { id: 5, token: 9, ttl_ms, remaining_ms: ttl_ms, ..Default::default() };
     Reply::SessionRenew(v1::SessionRenewReply { header: None, renewals: vec![renewal] })
 }
 

@@ -19,8 +19,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tenure_machine::{
-    Counts, Key, LockCounts, LockReply, Machine, MemberId, Memory, NativeReply, OpReply, Range, RangeReply, Record,
-    Rejection, Reply, Revision, SessionId, SessionToken, Span, Ticket, Txn, TxnReply,
+    Counts, JobCounts, Key, LockCounts, LockReply, Machine, MemberId, Memory, NamespaceId, NativeReply, OpReply, Range,
+    RangeReply, Record, Rejection, Reply, Revision, SessionId, SessionToken, Span, Tallies, Ticket, Txn, TxnReply,
 };
 use tenure_replica::{Alarm, Answer, Effects, Job, JobDone, Lane, Member, Millis, Refusal, Renewal, Status, run_job};
 use tokio::sync::oneshot;
@@ -69,7 +69,15 @@ pub(crate) type WriteReply = Result<Written, Failure>;
 /// The answer to a read: what it found, and the newest revision it saw.
 pub(crate) type ReadReply<T> = Result<(Result<T, Rejection>, Revision), Failure>;
 
-pub(crate) type RenewReply = Result<Renewal, Rejection>;
+pub(crate) type RenewReply = Result<Renewed, Rejection>;
+
+/// A renewal with what its session should know.
+#[derive(Clone)]
+pub(crate) struct Renewed {
+    pub(crate) renewal: Renewal,
+    /// Elections that it leads and should resign from.
+    pub(crate) yields: Vec<Box<[u8]>>,
+}
 
 /// The answers to renewals in their order, and the newest revision when they were given.
 pub(crate) type RenewReplies = Result<(Vec<RenewReply>, Revision), Failure>;
@@ -236,6 +244,8 @@ pub(crate) struct Figures {
     pub(crate) status: Option<Status>,
     pub(crate) counts: Counts,
     pub(crate) lock_counts: LockCounts,
+    pub(crate) jobs: JobCounts,
+    pub(crate) tallies: Tallies,
     pub(crate) memory: Memory,
     pub(crate) revision: u64,
     pub(crate) compacted: u64,
@@ -998,6 +1008,8 @@ impl Loop {
             status: Some(status),
             counts: machine.counts(),
             lock_counts: machine.lock_counts(),
+            jobs: machine.job_counts(),
+            tallies: machine.tallies().clone(),
             memory: machine.memory(),
             revision: machine.revision().0,
             compacted: machine.compacted().0,
@@ -1052,6 +1064,9 @@ impl Loop {
     }
 
     fn submit(&mut self, txn: Txn) -> Result<Ticket, Failure> {
+        if let [tenure_machine::Op::Compact { .. }] = txn.then[..] {
+            self.followers.remind();
+        }
         self.member.submit(txn).map_err(|refusal| {
             self.facts.failed.fetch_add(1, Ordering::Relaxed);
             Failure::Refused(refusal)
@@ -1164,7 +1179,12 @@ impl Loop {
         let is_last = {
             let mut batch = batch.borrow_mut();
             match answer {
-                Answer::Renewed(renewal) => batch.answers[place] = Some(renewal),
+                Answer::Renewed(renewal) => {
+                    let machine = self.member.machine();
+                    let yields = |session| machine.elections_to_yield(NamespaceId::DEFAULT, session);
+                    let renewed = renewal.map(|renewal| Renewed { yields: yields(renewal.session), renewal });
+                    batch.answers[place] = Some(renewed);
+                }
                 Answer::Refused(refusal) => batch.failed = Some(Failure::Refused(refusal)),
                 _ => batch.failed = Some(Failure::Unknown),
             }

@@ -4,7 +4,8 @@
 //! waits for one follower is bounded; one that takes too slowly is dropped from the live path and caught up from what is kept, in slices
 //! between rounds of the driver, so neither writers nor other followers wait for it. F3: where what it lacks is no longer kept it is told the
 //! lowest revision that is. F4: `Through(r)` comes after every change up to `r`: after a time without changes, once a thousand revisions
-//! have gone by without any, and before the answer to a compaction leaves that passes what it was told last.
+//! have gone by without any, when this member is asked for a compaction, before that is proposed, and before the answer to one leaves that
+//! passes what it was told last.
 //! Relies on. `Followers::publish` is called with every change, in order, before anything newer is read from the machine.
 //!
 //! A stream of another primitive opens a [`Follower`] on the span of its objects ([`things`]) and turns what [`Follower::next`] gives into
@@ -15,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tenure_machine::{Change, Key, Machine, NamespaceId, Rejection, Revision, Space, Span};
+use tenure_machine::{Change, Key, Machine, NamespaceId, Rejection, Revision, Space, Span, is_busy, kind_of};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
@@ -234,7 +235,7 @@ impl Followers {
 
     fn hand(&mut self, at: WatcherId, change: &Change) {
         let Some(entry) = &self.all[at as usize] else { return };
-        if change.record.mod_revision() < entry.from {
+        if change.record.mod_revision() < entry.from || !is_meant(&entry.span, change.record.key()) {
             return;
         }
         let fits = entry.way.push(change);
@@ -244,7 +245,8 @@ impl Followers {
         }
     }
 
-    fn remind(&mut self) {
+    /// Lets every follower tell where it is, so that it can come back from there.
+    pub(crate) fn remind(&mut self) {
         for entry in self.all.iter().flatten() {
             entry.way.lock().reminded = true;
             self.wakes.push(entry.way.wake.clone());
@@ -285,6 +287,12 @@ impl Followers {
     pub(crate) fn flush(&mut self, wakes: &mut Vec<Arc<Notify>>) {
         wakes.append(&mut self.wakes);
     }
+}
+
+/// Whoever follows all kinds of things together is spared the busy ones, as in history.
+fn is_meant(span: &Span, key: &[u8]) -> bool {
+    let is_native = key.first() == Some(&(Space::Native as u8));
+    !is_native || kind_of(span.start.as_bytes()).is_some() || !kind_of(key).is_some_and(is_busy)
 }
 
 /// What a follower is given.

@@ -5,9 +5,11 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tenure_machine::{BEGIN_OUTCOMES, FENCED_KINDS, JOB_STATES, WAIT_BOUNDS_MS};
+
 use crate::Context;
 use crate::driver::Figures;
-use crate::metrics::Exposition;
+use crate::metrics::{Exposition, HistogramFigures};
 use crate::pages::{Check, CheckFuture, Health};
 use crate::peers::{LinkFacts, PeersFacts};
 
@@ -94,6 +96,7 @@ impl Health for MemberHealth {
         let figures = self.context.figures();
         consensus(out, &figures);
         storage(out, &figures);
+        primitives(out, &figures);
         if let Some(peers) = self.context.peers.get() {
             connections(out, &peers.facts());
         }
@@ -119,6 +122,8 @@ impl Health for MemberHealth {
             &[],
             load(&watch.events),
         );
+        let help = "Open streams of the native face that watch or observe.";
+        out.gauge("tenure_watch_streams", help, &[], self.context.watch_streams() as f64);
         let facts = &handle.facts;
         out.counter("tenure_requests_total", "Requests handed to the driver.", &[], load(&facts.requests));
         out.counter(
@@ -228,6 +233,39 @@ fn connections(out: &mut Exposition, facts: &PeersFacts) {
     let refused = [("what", "inbound"), ("what", "unknown")];
     out.counter("tenure_peer_refused_total", help, &refused[..1], facts.inbound_excess as f64);
     out.counter("tenure_peer_refused_total", help, &refused[1..], facts.dropped_unknown as f64);
+}
+
+/// What the native primitives do. Counters are of what this member has applied since it started, which is the same work on each member.
+fn primitives(out: &mut Exposition, figures: &Figures) {
+    let (jobs, tallies) = (&figures.jobs, &figures.tallies);
+    for (state, count) in JOB_STATES.iter().zip(jobs.states) {
+        out.gauge("tenure_jobs", "Jobs of all queues by state.", &[("state", state)], count as f64);
+    }
+    let help = "Age of the first job that is ready, in whichever queue.";
+    out.gauge("tenure_job_oldest_ready_seconds", help, &[], seconds(jobs.oldest_ready_ms));
+    let help = "Jobs given to workers.";
+    out.counter("tenure_job_deliveries_total", help, &[], tallies.deliveries as f64);
+    let help = "Jobs given to workers that had been given before.";
+    out.counter("tenure_job_redeliveries_total", help, &[], tallies.redeliveries as f64);
+    for (outcome, count) in BEGIN_OUTCOMES.iter().zip(tallies.begins) {
+        let help = "Attempts to begin under an idempotency key, by what became of them.";
+        out.counter("tenure_idempotency_begins_total", help, &[("outcome", outcome)], count as f64);
+    }
+    for kind in FENCED_KINDS {
+        let count = tallies.fenced.get(kind).copied().unwrap_or(0);
+        let help = "Requests refused for a stale token, by what the token was of.";
+        out.counter("tenure_fenced_total", help, &[("kind", kind)], count as f64);
+    }
+    let waits = HistogramFigures {
+        bounds: WAIT_BOUNDS_MS.map(seconds).into(),
+        counts: tallies.lock_waits.counts.into(),
+        sum: seconds(tallies.lock_waits.sum_ms),
+    };
+    out.histogram("tenure_lock_wait_seconds", "How long those waited for locks who were granted them.", &[], &waits);
+}
+
+fn seconds(ms: u64) -> f64 {
+    ms as f64 / 1000.0
 }
 
 fn storage(out: &mut Exposition, figures: &Figures) {

@@ -35,6 +35,7 @@ mod watch_hub;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -83,6 +84,8 @@ pub struct Config {
     pub memory_hard_limit: u64,
     pub max_request_bytes: u64,
     pub max_txn_ops: u64,
+    /// Streams that watch or observe, of all clients of this member; those of etcd apart.
+    pub max_watch_streams: u64,
     pub tick: Duration,
     pub election_timeout: Duration,
     pub heartbeat: Duration,
@@ -119,6 +122,7 @@ impl Default for Config {
             memory_hard_limit: 4 << 30,
             max_request_bytes: 1536 << 10,
             max_txn_ops: 128,
+            max_watch_streams: 20_000,
             tick: Duration::from_millis(100),
             election_timeout: Duration::from_millis(1000),
             heartbeat: Duration::from_millis(100),
@@ -201,6 +205,29 @@ impl std::ops::Deref for Context {
     }
 }
 
+/// The place of an open stream that watches, given back when it ends.
+pub(crate) struct StreamPlace(Arc<Settings>);
+
+impl Drop for StreamPlace {
+    fn drop(&mut self) {
+        self.0.watch_streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Context {
+    /// A place among the streams that watch, each of which may hold some megabytes for a slow reader.
+    pub(crate) fn stream_place(&self) -> Result<StreamPlace, rpc::Status> {
+        let place = StreamPlace(self.settings.clone());
+        let before = self.settings.watch_streams.fetch_add(1, Ordering::Relaxed);
+        let max = self.settings.max_watch_streams;
+        if before < max { Ok(place) } else { Err(status::native_status(status::too_many_streams(max))) }
+    }
+
+    pub(crate) fn watch_streams(&self) -> usize {
+        self.settings.watch_streams.load(Ordering::Relaxed)
+    }
+}
+
 /// The part of the configuration that services read, with what was found out at the start.
 #[derive(Debug)]
 pub(crate) struct Settings {
@@ -210,6 +237,9 @@ pub(crate) struct Settings {
     pub(crate) data_dir: PathBuf,
     pub(crate) max_request_bytes: usize,
     pub(crate) max_txn_ops: usize,
+    max_watch_streams: usize,
+    /// How many there are now.
+    watch_streams: AtomicUsize,
     pub(crate) memory_hard_limit: u64,
     /// The smallest TTL of an etcd lease, in seconds.
     pub(crate) min_lease_ttl: i64,
@@ -345,6 +375,9 @@ fn check(config: &Config) -> Result<(), StartError> {
     }
     if config.max_txn_ops == 0 {
         return wrong("--max-txn-ops must be at least 1");
+    }
+    if config.max_watch_streams == 0 {
+        return wrong("--max-watch-streams must be at least 1");
     }
     match &config.join {
         Some(token) => drop(join_token::JoinToken::decode(token).map_err(StartError::Join)?),
@@ -554,6 +587,8 @@ fn settings(config: &Config, address: SocketAddr) -> Settings {
         data_dir: config.data_dir.clone(),
         max_request_bytes: config.max_request_bytes as usize,
         max_txn_ops: config.max_txn_ops as usize,
+        max_watch_streams: config.max_watch_streams as usize,
+        watch_streams: AtomicUsize::new(0),
         memory_hard_limit: config.memory_hard_limit,
         // One and a half election timeouts, in whole seconds.
         min_lease_ttl: (election_ms * 3 / 2).div_ceil(1000).max(1) as i64,

@@ -209,6 +209,15 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// All places of streams that watch are taken.
+pub(crate) fn too_many_streams(max: usize) -> v1::Error {
+    let why = format!("this member has {max} open streams that watch, which is all it may have");
+    let mut e = error("RATE_LIMITED", why, Kind::Read);
+    fact(&mut e, "limit", max);
+    fact(&mut e, "flag", "--max-watch-streams");
+    e
+}
+
 /// A rejection with its facts. `stamp` is the log time now, from which ages are told.
 pub(crate) fn native_rejection(rejection: &Rejection, kind: Kind, stamp: LogTime) -> v1::Error {
     let mut e = error(code_of(rejection), rejection.to_string(), kind);

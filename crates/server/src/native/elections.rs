@@ -16,8 +16,8 @@ use tenure_wire::tenure::v1;
 
 use super::sessions::{metadata, page_limit};
 use super::{
-    Caller, Changed, Refused, change, either, look, mixed_up, namespace, refusal, refuse, request_id, seen, session_id,
-    text_or_bytes,
+    Caller, Changed, Refused, change, decoded, either, look, mixed_up, namespace, refusal, refuse, request_id, seen,
+    session_id, text_or_bytes,
 };
 use crate::Context;
 use crate::driver::{Failure, View};
@@ -247,8 +247,9 @@ fn waiting(view: &View<'_>, candidate: &Candidate, position: u64) -> v1::Electio
 
 async fn observe(context: Context, _: Call, mut incoming: Incoming, outgoing: Outgoing) -> Result<(), Status> {
     let Some(message) = incoming.next().await else { return Err(Status::invalid_argument("no request came")) };
-    let request: v1::ObserveRequest = prost::Message::decode(message?).map_err(|error| Status::undecodable(&error))?;
+    let request: v1::ObserveRequest = decoded(message?).map_err(refusal)?;
     let namespace = namespace(&request.namespace).map_err(refusal)?;
+    let _place = context.stream_place()?;
     let observer = Observer { context, namespace, name: name(&request.name).map_err(refusal)? };
     tokio::select! {
         ended = observer.run(&outgoing) => ended,

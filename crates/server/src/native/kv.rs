@@ -33,8 +33,9 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
 }
 
 pub(crate) fn get(request: &v1::GetRequest) -> Result<Plan, Refused> {
+    let namespace = namespace(&request.namespace)?;
     let name = filled(either("key", &request.key, &request.key_bytes)?)?;
-    let key = key(namespace(&request.namespace)?, name);
+    let key = key(namespace, name);
     let finish = Finish::Get(name.into());
     let read = if request.revision == 0 {
         NativeRead::Get(key)

@@ -9,16 +9,16 @@ use std::time::Instant;
 use tenure_machine::{
     DELAY_MAX_MS, HoldInfo, HoldMode, LOCKS_OF_ONE_MAX, LockAcquire, LockAsk, LockEvent, LockEventKind,
     LockForceRelease, LockGrant, LockGranted, LockInfo, LockItem, LockMode, LockOp, LockRelease, LockReply, LockResize,
-    MIN_HOLD_MAX_MS, NativeReply, OnDeadlock, OnExpire, Op, OpReply, PERMITS_MAX, Permits, REASON_BYTES_MAX, RequestId,
-    Revision, SessionCreate, SessionFace, SessionId, Txn, Wait,
+    MIN_HOLD_MAX_MS, NamespaceId, NativeReply, OnDeadlock, OnExpire, Op, OpReply, PERMITS_MAX, Permits,
+    REASON_BYTES_MAX, RequestId, Revision, SessionCreate, SessionFace, SessionId, Txn, Wait,
 };
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Answer;
 
 use super::sessions::{self, described, granted_ttl, id_for, metadata, native_unary, page_limit, query};
 use super::{
-    Caller, Changed, Finish, Outcome, Plan, PlanFn, Refused, change, full_header, namespace, planned, refusal, refuse,
-    request_id, session_id,
+    Caller, Changed, Finish, Outcome, Plan, PlanFn, Refused, change, decoded, full_header, namespace, planned, refusal,
+    refuse, request_id, session_id,
 };
 use crate::Context;
 use crate::driver::View;
@@ -142,10 +142,6 @@ fn acquire_mount(router: &mut Router, context: &Context) {
     router.plans.insert("/tenure.v1.Locks/AcquireMany", many);
 }
 
-fn decoded<Q: prost::Message + Default>(message: bytes::Bytes) -> Result<Q, Refused> {
-    Q::decode(message).map_err(|error| refuse("body", error.to_string()))
-}
-
 /// Mounts an acquire, of which the function tells whether it has a request id.
 fn mount_acquire<F>(router: &mut Router, context: &Context, path: &'static str, plan: F)
 where
@@ -172,6 +168,7 @@ where
 
 pub(crate) fn acquire(context: &Context, caller: &Caller, request: v1::LockAcquireRequest) -> Result<Plan, Refused> {
     use v1::lock_acquire_request::Wait as Wire;
+    let namespace = namespace(&request.namespace)?;
     let mode = hold_mode("", request.mode, request.permits, request.of)?;
     check_name(&request.name)?;
     let wait = match request.wait {
@@ -186,7 +183,7 @@ pub(crate) fn acquire(context: &Context, caller: &Caller, request: v1::LockAcqui
         ttl_ms: request.ttl_ms,
         session_name: request.session_name,
         session_metadata: request.session_metadata,
-        namespace: request.namespace,
+        namespace,
         request: request.request,
         priority: request.priority,
         reentrant: request.reentrant,
@@ -199,6 +196,7 @@ pub(crate) fn acquire(context: &Context, caller: &Caller, request: v1::LockAcqui
 
 fn acquire_many(context: &Context, caller: &Caller, request: v1::LockAcquireManyRequest) -> Result<Plan, Refused> {
     use v1::lock_acquire_many_request::Wait as Wire;
+    let namespace = namespace(&request.namespace)?;
     if request.locks.is_empty() || request.locks.len() > LOCKS_OF_ONE_MAX {
         return Err(refuse("locks", format!("1 to {LOCKS_OF_ONE_MAX} locks are taken at once")));
     }
@@ -224,7 +222,7 @@ fn acquire_many(context: &Context, caller: &Caller, request: v1::LockAcquireMany
         ttl_ms: request.ttl_ms,
         session_name: request.session_name,
         session_metadata: request.session_metadata,
-        namespace: request.namespace,
+        namespace,
         request: request.request,
         priority: request.priority,
         reentrant: false,
@@ -250,7 +248,7 @@ struct Asker {
     ttl_ms: u64,
     session_name: String,
     session_metadata: std::collections::BTreeMap<String, String>,
-    namespace: String,
+    namespace: NamespaceId,
     request: Option<v1::RequestMeta>,
     priority: i32,
     reentrant: bool,
@@ -261,7 +259,7 @@ struct Asker {
 
 impl Asker {
     fn plan(self, context: &Context, caller: &Caller, locks: Vec<LockItem>, many: bool) -> Result<Plan, Refused> {
-        let namespace = namespace(&self.namespace)?;
+        let namespace = self.namespace;
         let id = request_id(self.request.as_ref(), caller)?;
         if self.owner_id.len() > OWNER_BYTES_MAX {
             return Err(refuse("owner_id", format!("an owner id has at most {OWNER_BYTES_MAX} bytes")));
@@ -374,6 +372,7 @@ fn check_name(name: &str) -> Result<(), Refused> {
 }
 
 pub(crate) fn release(caller: &Caller, request: &v1::LockReleaseRequest) -> Result<Plan, Refused> {
+    let namespace = namespace(&request.namespace)?;
     check_name(&request.name)?;
     if request.owner_id.len() > OWNER_BYTES_MAX {
         return Err(refuse("owner_id", format!("an owner id has at most {OWNER_BYTES_MAX} bytes")));
@@ -385,11 +384,7 @@ pub(crate) fn release(caller: &Caller, request: &v1::LockReleaseRequest) -> Resu
     } else {
         LockOp::Release(LockRelease { name, session, token, owner: request.owner_id.as_bytes().into() }).into()
     };
-    let txn = Txn {
-        namespace: namespace(&request.namespace)?,
-        request: request_id(request.request.as_ref(), caller)?,
-        ..Txn::of(op)
-    };
+    let txn = Txn { namespace, request: request_id(request.request.as_ref(), caller)?, ..Txn::of(op) };
     Ok(Plan::Write(txn, Finish::Release))
 }
 
@@ -469,6 +464,7 @@ pub(crate) struct Cancel {
 }
 
 pub(crate) fn cancel(caller: &Caller, request: &v1::LockCancelRequest) -> Result<Plan, Refused> {
+    let namespace = namespace(&request.namespace)?;
     check_name(&request.name)?;
     let nobody = Caller::default();
     let acquire = request_id(request.acquire.as_ref(), &nobody)?;
@@ -478,11 +474,7 @@ pub(crate) fn cancel(caller: &Caller, request: &v1::LockCancelRequest) -> Result
         (id, _) => session_id("session", id)?,
     };
     let op = Op::LockCancel { name: request.name.as_bytes().into(), session, request: acquire };
-    let txn = Txn {
-        namespace: namespace(&request.namespace)?,
-        request: request_id(request.request.as_ref(), caller)?,
-        ..Txn::of(op)
-    };
+    let txn = Txn { namespace, request: request_id(request.request.as_ref(), caller)?, ..Txn::of(op) };
     Ok(Plan::Write(
         txn,
         Finish::Cancel(Box::new(Cancel { name: request.name.clone(), owner: request.owner_id.clone(), session })),

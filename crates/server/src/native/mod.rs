@@ -30,6 +30,7 @@ use tenure_machine::{
     Key, Machine, NamespaceId, OpReply, Range, RangeReply, Record, Rejection, RequestId, Revision, SessionId, Space,
     Txn, TxnReply,
 };
+use tenure_wire::Spaced;
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Answer;
 
@@ -114,19 +115,24 @@ pub(crate) type PlanFn = std::sync::Arc<dyn Fn(&Context, &Caller, Bytes) -> Resu
 /// Mounts a change of one operation: alone, as JSON, and on the pipeline. `plan` reads the request, `answer` writes what came of it.
 pub(crate) fn change<Q, A, P, F>(router: &mut Router, context: &Context, path: &'static str, plan: P, answer: F)
 where
-    Q: Message + Default + 'static,
+    Q: Message + Default + Spaced + 'static,
     A: Message + 'static,
     P: Fn(&Context, &Caller, &Q) -> Result<Txn, Refused> + Send + Sync + 'static,
     F: Fn(&Context, &Q, Changed) -> Result<A, Refused> + Copy + Send + Sync + 'static,
 {
     let planned: PlanFn = std::sync::Arc::new(move |context, caller, message| {
-        let request = Q::decode(message).map_err(|error| refuse("body", error.to_string()))?;
+        let request = decoded(message)?;
         let txn = plan(context, caller, &request)?;
         let finish: NativeFinish =
             Box::new(move |context, changed| Ok(answer(context, &request, changed)?.encode_to_vec().into()));
         Ok(Plan::Write(txn, Finish::Native(finish)))
     });
     router.plans.insert(path, planned.clone());
+    mount_plan(router, context, path, planned);
+}
+
+/// Mounts a call of which there is a plan already.
+fn mount_plan(router: &mut Router, context: &Context, path: &'static str, planned: PlanFn) {
     let context = context.clone();
     router.unary(path, move |call, message| {
         let (context, planned) = (context.clone(), planned.clone());
@@ -138,6 +144,13 @@ where
     });
 }
 
+/// The message of any call, whose namespace is looked at before anything else of it.
+pub(crate) fn decoded<Q: Message + Default + Spaced>(message: Bytes) -> Result<Q, Refused> {
+    let request = Q::decode(message).map_err(|error| refuse("body", error.to_string()))?;
+    namespace(request.namespace())?;
+    Ok(request)
+}
+
 /// Mounts a read on the driver's thread, linearizable unless the request says otherwise.
 pub(crate) fn look<Q, A, F>(
     router: &mut Router,
@@ -146,7 +159,7 @@ pub(crate) fn look<Q, A, F>(
     is_stale: fn(&Q) -> bool,
     read: F,
 ) where
-    Q: Message + Default + 'static,
+    Q: Message + Default + Spaced + 'static,
     A: Message + 'static,
     F: Fn(&View<'_>, &Q) -> Result<A, Refused> + Copy + Send + Sync + 'static,
 {
@@ -197,19 +210,11 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
 /// Mounts a call that is planned, run and finished.
 pub(crate) fn planned<Q, F>(router: &mut Router, context: &Context, path: &'static str, plan: F)
 where
-    Q: Message + Default + 'static,
+    Q: Message + Default + Spaced + 'static,
     F: Fn(&Context, &Caller, Q) -> Result<Plan, Refused> + Copy + Send + Sync + 'static,
 {
-    let context = context.clone();
-    router.unary(path, move |call, message| {
-        let context = context.clone();
-        async move {
-            check_size(&context, message.len())?;
-            let request = Q::decode(message).map_err(|error| Status::undecodable(&error))?;
-            let plan = plan(&context, &Caller::of(&call), request).map_err(refusal)?;
-            run(&context, plan).await
-        }
-    });
+    let planned: PlanFn = std::sync::Arc::new(move |context, caller, message| plan(context, caller, decoded(message)?));
+    mount_plan(router, context, path, planned);
 }
 
 pub(crate) fn check_size(context: &Context, len: usize) -> Result<(), Status> {

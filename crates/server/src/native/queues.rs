@@ -17,11 +17,12 @@ use tenure_machine::{
     QueueOp, QueueReply, QueueSettings, RECEIVE_PLACES_MAX, Receipt, Receive, Received, Redrive, RequestId, Revision,
     Settled, Txn, waiting_receiver,
 };
+use tenure_wire::Spaced;
 use tenure_wire::tenure::v1;
 
 use super::sessions::{id_for, page_limit};
 use super::{
-    Caller, Changed, Finish, NativeFinish, Plan, PlanFn, Refused, change, check_size, either, look, mixed_up,
+    Caller, Changed, Finish, NativeFinish, Plan, PlanFn, Refused, change, check_size, decoded, either, look, mixed_up,
     namespace, refusal, refuse, request_id, run, seen, text_or_bytes,
 };
 use crate::Context;
@@ -128,11 +129,11 @@ impl Drop for OpenWaits {
 /// Mounts a call that may wait for jobs: what `change` does, and the wait ends with the call.
 fn waiting<Q, P>(router: &mut Router, context: &Context, path: &'static str, plan: P)
 where
-    Q: prost::Message + Default + 'static,
+    Q: prost::Message + Default + Spaced + 'static,
     P: Fn(&Caller, &Q) -> Result<Txn, Refused> + Send + Sync + 'static,
 {
     let planned: PlanFn = Arc::new(move |_: &Context, caller: &Caller, message: Bytes| {
-        let request = Q::decode(message).map_err(|error| refuse("body", error.to_string()))?;
+        let request = decoded(message)?;
         let txn = plan(caller, &request)?;
         let finish: NativeFinish = Box::new(move |_, changed| Ok(received(changed)?.encode_to_vec().into()));
         Ok(Plan::Write(txn, Finish::Native(finish)))

@@ -17,8 +17,8 @@ use tokio::time::Instant;
 
 use super::sessions::{native_unary, page_limit, query};
 use super::{
-    Caller, Changed, Refused, change, full_header, look, mixed_up, namespace, refusal, refuse, request_id, seen,
-    session_id,
+    Caller, Changed, Refused, change, decoded, full_header, look, mixed_up, namespace, refusal, refuse, request_id,
+    seen, session_id,
 };
 use crate::Context;
 use crate::driver::{Failure, View};
@@ -387,10 +387,10 @@ fn instances_span(filter: &Filter) -> tenure_machine::Span {
 
 async fn watch(context: Context, _: Call, mut incoming: Incoming, outgoing: Outgoing) -> Result<(), Status> {
     let Some(message) = incoming.next().await else { return Err(Status::invalid_argument("no request came")) };
-    let request: v1::ServiceWatchRequest =
-        prost::Message::decode(message?).map_err(|error| Status::undecodable(&error))?;
+    let request: v1::ServiceWatchRequest = decoded(message?).map_err(refusal)?;
     let of = (request.namespace.as_str(), request.service.as_str());
     let filter = Filter::new(of, &request.health, &request.tags, request.all).map_err(refusal)?;
+    let _place = context.stream_place()?;
     let gone = || Status::new(Code::Cancelled, "the caller no longer listens");
     let told = async {
         loop {

@@ -6,11 +6,14 @@
 use std::collections::BTreeMap;
 
 use tenure_machine::{Machine, OnExpire, Op, RequestId, SessionCreate, SessionFace, SessionId, SessionInfo, Txn};
+use tenure_wire::Spaced;
 use tenure_wire::tenure::v1;
 
-use super::{Caller, Finish, Plan, Refused, full_header, namespace, planned, refusal, refuse, request_id, session_id};
+use super::{
+    Caller, Finish, Plan, Refused, decoded, full_header, namespace, planned, refusal, refuse, request_id, session_id,
+};
 use crate::Context;
-use crate::driver::{RenewReplies, View};
+use crate::driver::{RenewReplies, Renewed, View};
 use crate::rpc::{Call, Incoming, Outgoing, Router, Status};
 use crate::status::{self as words, Kind};
 
@@ -39,7 +42,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
 /// Mounts a call whose answer is a message of its own.
 pub(crate) fn native_unary<Q, A, F, R>(router: &mut Router, context: &Context, path: &'static str, method: F)
 where
-    Q: prost::Message + Default + 'static,
+    Q: prost::Message + Default + Spaced + 'static,
     A: prost::Message + 'static,
     F: Fn(Context, Q) -> R + Copy + Send + Sync + 'static,
     R: Future<Output = Result<A, Refused>> + Send + 'static,
@@ -48,7 +51,7 @@ where
     router.unary(path, move |_, message| {
         let context = context.clone();
         async move {
-            let request = Q::decode(message).map_err(|error| Status::undecodable(&error))?;
+            let request = decoded(message).map_err(refusal)?;
             let answer = method(context, request).await.map_err(refusal)?;
             Ok(answer.encode_to_vec().into())
         }
@@ -136,15 +139,12 @@ pub(crate) fn create(context: &Context, caller: &Caller, request: v1::SessionCre
 }
 
 pub(crate) fn end(caller: &Caller, request: &v1::SessionEndRequest) -> Result<Plan, Refused> {
+    let namespace = namespace(&request.namespace)?;
     let op = Op::SessionEnd {
         session: session_id("id", request.id)?,
         token: if request.token == 0 { None } else { Some(request.token) },
     };
-    let txn = Txn {
-        namespace: namespace(&request.namespace)?,
-        request: request_id(request.request.as_ref(), caller)?,
-        ..Txn::of(op)
-    };
+    let txn = Txn { namespace, request: request_id(request.request.as_ref(), caller)?, ..Txn::of(op) };
     Ok(Plan::Write(txn, Finish::SessionEnd))
 }
 
@@ -161,8 +161,9 @@ pub(crate) fn renew(request: &v1::SessionRenewRequest) -> Result<Plan, Refused> 
 pub(crate) fn renewed(context: &Context, ids: &[u64], replies: RenewReplies) -> Result<v1::SessionRenewReply, Refused> {
     let (replies, revision) = replies.map_err(|failure| words::native_failure(&failure, Kind::Change))?;
     let one = |(&id, reply): (&u64, _)| match reply {
-        Ok(tenure_replica::Renewal { session, token, ttl_ms }) => {
-            v1::SessionRenewal { id: session.0, token, ttl_ms, remaining_ms: ttl_ms, error: None }
+        Ok(Renewed { renewal: tenure_replica::Renewal { session, token, ttl_ms }, yields }) => {
+            let should_yield = yields.iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
+            v1::SessionRenewal { id: session.0, token, ttl_ms, remaining_ms: ttl_ms, error: None, should_yield }
         }
         Err(rejection) => {
             let error = match words::native_rejection(&rejection, Kind::Change, context.identity.stamp()) {
@@ -178,7 +179,7 @@ pub(crate) fn renewed(context: &Context, ids: &[u64], replies: RenewReplies) -> 
 
 async fn keep_alive(context: Context, _: Call, mut incoming: Incoming, outgoing: Outgoing) -> Result<(), Status> {
     while let Some(message) = incoming.next().await {
-        let request = prost::Message::decode(message?).map_err(|error| Status::undecodable(&error))?;
+        let request = decoded(message?).map_err(refusal)?;
         let plan = renew(&request).map_err(refusal)?;
         let answer = super::run(&context, plan).await?;
         outgoing.send(answer).await.map_err(|_| crate::etcd::kv::cancelled())?;
@@ -187,7 +188,6 @@ async fn keep_alive(context: Context, _: Call, mut incoming: Incoming, outgoing:
 }
 
 async fn get(context: Context, request: v1::SessionGetRequest) -> Result<v1::SessionGetReply, Refused> {
-    namespace(&request.namespace)?;
     let id = SessionId(request.id);
     let owned = request.owned;
     let look = move |view: &View<'_>| {
@@ -210,7 +210,6 @@ async fn get(context: Context, request: v1::SessionGetRequest) -> Result<v1::Ses
 }
 
 async fn list(context: Context, request: v1::SessionListRequest) -> Result<v1::SessionListReply, Refused> {
-    namespace(&request.namespace)?;
     let max = page_limit(request.limit)?;
     let after = SessionId(request.after);
     let look = move |view: &View<'_>| {

@@ -7,25 +7,47 @@ use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use tenure_machine::{
-    Config, Election, Health, Instance, LOCKS, Object, Record, SESSIONS, Seen, Service, SessionId, Stored,
+    Config, Counter, Election, Health, Instance, LOCKS, Object, Pool, Record, SESSIONS, Seen, Sequence, Service,
+    SessionId, Stored,
 };
 
 use super::{Refused, refuse};
 
 /// Kinds that can be watched, with their letters.
-const KINDS: [(&str, u8); 6] = [
+const KINDS: [(&str, u8); 9] = [
     ("session", SESSIONS),
     ("lock", LOCKS),
     ("election", Election::KIND),
     ("config", Config::KIND),
     ("service", Instance::KIND),
     ("service-index", Service::KIND),
+    ("counter", Counter::KIND),
+    ("sequence", Sequence::KIND),
+    ("pool", Pool::KIND),
+];
+/// Kinds of which there are as many as there is work: a watch of them would be a second copy of it.
+const UNWATCHED: [(&str, &str); 5] = [
+    ("queue", "receive from it, or look at its metrics"),
+    ("job", "look at it, or receive it"),
+    ("marker", "look at it"),
+    ("idempotency", "begin with `wait_ms`, or look at it"),
+    ("reservation", "watch its pool"),
 ];
 /// Between the service's name and the instance's id in keys; a slash where they are told.
 const SEPARATOR: u8 = 0;
 
-pub(crate) fn letter(kind: &str) -> Option<u8> {
-    KINDS.iter().find(|(name, _)| *name == kind).map(|(_, letter)| *letter)
+pub(crate) fn letter(kind: &str) -> Result<u8, Refused> {
+    if let Some((_, letter)) = KINDS.iter().find(|(name, _)| *name == kind) {
+        return Ok(*letter);
+    }
+    match UNWATCHED.iter().find(|(name, _)| *name == kind) {
+        Some((_, instead)) => Err(refuse("kind", format!("things of kind `{kind}` are not watched: {instead}"))),
+        None => {
+            let known: Vec<_> = KINDS.iter().map(|(name, _)| *name).collect();
+            let why = format!("there is no kind `{kind}`: it is `key`, `any` or one of {}", known.join(", "));
+            Err(refuse("kind", why))
+        }
+    }
 }
 
 pub(crate) fn kind(letter: u8) -> &'static str {
@@ -139,6 +161,20 @@ fn object_facts(object: &Object, facts: &mut Facts) {
             facts.bytes("content", &current.content);
         }
         Object::Service(service) => facts.put("index", service.index),
+        Object::Counter(counter) => {
+            facts.put("value", counter.value);
+            facts.put("revision", counter.changed);
+        }
+        Object::Sequence(sequence) => {
+            facts.put("next", sequence.next);
+            facts.put("revision", sequence.changed);
+        }
+        Object::Pool(pool) => {
+            facts.put("capacity", pool.capacity);
+            facts.put("available", pool.available());
+            facts.put("held", pool.held);
+            facts.put("confirmed", pool.confirmed);
+        }
         // The others are not watched.
         _ => {}
     }

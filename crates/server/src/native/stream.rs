@@ -1,7 +1,8 @@
 //! The pipeline: many requests in flight on one stream, several to a message.
 //!
 //! Promises. P1: what one read of the stream delivered goes to the driver as one message, and what one round of the driver answered
-//! goes back as one message. P2: at most `OPEN_MAX` requests of a stream are open, waits for locks apart; beyond it nothing is read.
+//! goes back as one message. P2: at most `OPEN_MAX` requests of a stream are open; beyond it nothing is read. What may wait for others is counted apart: it
+//! takes no place from what is answered at once, and the one beyond `WAITS_MAX` is refused.
 //! P3: a refused request is answered in its place and disturbs no other.
 //! Not promised. Any order among the requests of a stream.
 
@@ -23,8 +24,9 @@ use crate::etcd::encode;
 use crate::rpc::{Call, Code, FRAME_HEAD, Incoming, Outgoing, Router, Status};
 use crate::status as words;
 
-/// Requests of one stream without an answer; waits for locks count apart.
+/// Requests of one stream without an answer, but for those that may wait.
 const OPEN_MAX: usize = 4_096;
+/// Those that may wait: for locks, jobs, an election, an attempt or a pool.
 const WAITS_MAX: usize = 10_000;
 /// Requests given to the driver in one message.
 const GATHER_MAX: usize = 1_024;
@@ -45,6 +47,7 @@ pub(crate) struct PipeItem {
     finish: Finish,
     /// Of a read of this member alone: its answer tells how old it may be.
     stale: bool,
+    waits: bool,
 }
 
 pub(crate) enum PipeRequest {
@@ -150,12 +153,8 @@ struct Open {
 }
 
 impl Open {
-    fn counter(&self, finish: &Finish) -> &AtomicUsize {
-        if matches!(finish, Finish::Acquire(_)) { &self.waits } else { &self.requests }
-    }
-
-    fn end(&self, finish: &Finish) {
-        self.counter(finish).fetch_sub(1, Ordering::Relaxed);
+    fn counter(&self, waits: bool) -> &AtomicUsize {
+        if waits { &self.waits } else { &self.requests }
     }
 }
 
@@ -193,7 +192,7 @@ async fn stream(
                 open.room.notified().await;
             }
         }
-        // The caller has said everything; what is open is still answered, waits for locks are not.
+        // The caller has said everything; what is open is still answered, what may wait is not.
         while open.requests.load(Ordering::Relaxed) > 0 {
             open.room.notified().await;
         }
@@ -229,8 +228,8 @@ async fn answer(
     outgoing: &Outgoing,
 ) -> Result<(), Status> {
     let mut replies = Replies::new();
-    for (PipeItem { id, finish, stale }, outcome) in done {
-        open.end(&finish);
+    for (PipeItem { id, finish, stale, waits }, outcome) in done {
+        open.counter(waits).fetch_sub(1, Ordering::Relaxed);
         open.receivers.answered(id);
         // Only a cancellation that came too late asks further.
         let result = match finish {
@@ -320,8 +319,8 @@ impl Gathered {
         self.requests.reserve(message.requests.len());
         for request in message.requests {
             let id = request.id;
-            match plan(context, plans, caller, open, request) {
-                Ok(plan) => self.requests.push(begin(open, id, plan)),
+            match plan(context, plans, caller, request).and_then(|plan| begin(open, id, plan)) {
+                Ok(request) => self.requests.push(request),
                 Err(error) => self.refused.push((id, error)),
             }
         }
@@ -329,18 +328,22 @@ impl Gathered {
     }
 }
 
-fn begin(open: &Open, id: u64, plan: Plan) -> PipeRequest {
-    let (Plan::Write(_, finish) | Plan::Read(_, _, finish) | Plan::Renew(_, finish)) = &plan;
-    open.counter(finish).fetch_add(1, Ordering::Relaxed);
-    open.receivers.note(id, &plan);
-    match plan {
-        Plan::Write(txn, finish) => PipeRequest::Write { txn, item: PipeItem { id, finish, stale: false } },
-        Plan::Read(read, stale, finish) => PipeRequest::Read { read, stale, item: PipeItem { id, finish, stale } },
-        Plan::Renew(sessions, finish) => PipeRequest::Renew { sessions, item: PipeItem { id, finish, stale: false } },
+fn begin(open: &Open, id: u64, plan: Plan) -> Result<PipeRequest, Refused> {
+    let waits = matches!(&plan, Plan::Write(txn, _) if txn.may_wait());
+    if waits && open.waits.load(Ordering::Relaxed) >= WAITS_MAX {
+        return Err(Box::new(words::native_failure(&Failure::Overloaded, words::Kind::Change)));
     }
+    open.counter(waits).fetch_add(1, Ordering::Relaxed);
+    open.receivers.note(id, &plan);
+    let item = |finish, stale| PipeItem { id, finish, stale, waits };
+    Ok(match plan {
+        Plan::Write(txn, finish) => PipeRequest::Write { txn, item: item(finish, false) },
+        Plan::Read(read, stale, finish) => PipeRequest::Read { read, stale, item: item(finish, stale) },
+        Plan::Renew(sessions, finish) => PipeRequest::Renew { sessions, item: item(finish, false) },
+    })
 }
 
-fn plan(context: &Context, plans: &Plans, caller: &Caller, open: &Open, request: v1::Request) -> Result<Plan, Refused> {
+fn plan(context: &Context, plans: &Plans, caller: &Caller, request: v1::Request) -> Result<Plan, Refused> {
     use v1::request::Call;
     match request.call.ok_or_else(|| refuse("call", "the request is empty"))? {
         Call::Put(request) => kv::put(caller, &request),
@@ -348,9 +351,6 @@ fn plan(context: &Context, plans: &Plans, caller: &Caller, open: &Open, request:
         Call::Delete(request) => kv::delete(caller, &request),
         Call::Range(request) => kv::range(&request),
         Call::Txn(request) => kv::txn(context, caller, &request),
-        Call::LockAcquire(_) if open.waits.load(Ordering::Relaxed) >= WAITS_MAX => {
-            Err(Box::new(words::native_failure(&Failure::Overloaded, words::Kind::Change)))
-        }
         Call::LockAcquire(request) => locks::acquire(context, caller, request),
         Call::LockRelease(request) => locks::release(caller, &request),
         Call::LockCancel(request) => locks::cancel(caller, &request),

@@ -32,7 +32,7 @@ pub(crate) type TxnsFinish = Box<dyn FnOnce(&Context, v1::Header, TxnReply, u64)
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     let plans = std::sync::Arc::new(router.plans.clone());
     let planned: PlanFn = std::sync::Arc::new(move |context, caller, message| {
-        let request = v1::TxnRunRequest::decode(message).map_err(|error| refuse("body", error.to_string()))?;
+        let request: v1::TxnRunRequest = super::decoded(message)?;
         plan(context, &plans, caller, &request)
     });
     router.plans.insert(PATH, planned.clone());

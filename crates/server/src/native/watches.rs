@@ -13,7 +13,7 @@ use tenure_machine::{Change, Key, Record, Revision, Space, Span, kind_of};
 use tenure_wire::tenure::v1;
 use v1::watch_reply::Type;
 
-use super::{Refused, either, full_header, namespace, refusal, refuse, sessions, shown, text_or_bytes};
+use super::{Refused, decoded, either, full_header, namespace, refusal, refuse, sessions, shown, text_or_bytes};
 use crate::Context;
 use crate::driver::Failure;
 use crate::follow::{Followed, Follower, behind, things};
@@ -156,8 +156,7 @@ fn of_kind(namespace: tenure_machine::NamespaceId, request: &v1::WatchRequest) -
         let start = Key::new(Space::Native, namespace, b"");
         return Ok(Span { end: Some(Key::end_of(Space::Native, namespace)), start });
     }
-    let letter = shown::letter(&request.kind)
-        .ok_or_else(|| refuse("kind", format!("there is nothing of kind `{}` to watch", request.kind)))?;
+    let letter = shown::letter(&request.kind)?;
     if request.name.is_empty() && !request.prefix {
         return Err(refuse("name", "no name is given, and no prefix"));
     }
@@ -167,8 +166,9 @@ fn of_kind(namespace: tenure_machine::NamespaceId, request: &v1::WatchRequest) -
 
 async fn watch(context: Context, _: Call, mut incoming: Incoming, outgoing: Outgoing) -> Result<(), Status> {
     let Some(message) = incoming.next().await else { return Err(Status::invalid_argument("no request came")) };
-    let request: v1::WatchRequest = prost::Message::decode(message?).map_err(|error| Status::undecodable(&error))?;
+    let request: v1::WatchRequest = decoded(message?).map_err(refusal)?;
     let wanted = Wanted::read(&request).map_err(refusal)?;
+    let _place = context.stream_place()?;
     let run = async {
         let mut sender = Sender { outgoing: &outgoing, buffer: BytesMut::new() };
         stream(&context, wanted, &mut sender).await

@@ -36,19 +36,24 @@ impl Fixture {
 
     /// Until the member says that it is ready: a fresh one settles on its behaviour version first.
     async fn ready(&self) {
-        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         for _ in 0..500 {
-            let mut stream = tokio::net::TcpStream::connect(self.server.address()).await.unwrap();
-            let request = "GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-            stream.write_all(request.as_bytes()).await.unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).await.unwrap();
-            if answer.starts_with("HTTP/1.1 200") {
+            if self.page("/readyz").await.starts_with("HTTP/1.1 200") {
                 return;
             }
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
         panic!("the member does not get ready");
+    }
+
+    /// One page, head and body.
+    async fn page(&self, path: &str) -> String {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::TcpStream::connect(self.server.address()).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
     }
 
     /// Stops, and starts on the same folder.

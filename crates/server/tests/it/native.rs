@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use prost::Message as _;
 use tenure_wire::tenure::v1;
+use tenure_wire::tenure::v1::elections_client::ElectionsClient;
+use tenure_wire::tenure::v1::idempotency_client::IdempotencyClient;
 use tenure_wire::tenure::v1::kv_client::KvClient;
 use tenure_wire::tenure::v1::locks_client::LocksClient;
 use tenure_wire::tenure::v1::pipeline_client::PipelineClient;
+use tenure_wire::tenure::v1::queues_client::QueuesClient;
 use tenure_wire::tenure::v1::sessions_client::SessionsClient;
 use tenure_wire::tenure::v1::status_client::StatusClient;
 use tokio::sync::mpsc;
@@ -256,6 +259,144 @@ async fn sessions_renew_and_tell() {
     assert_eq!((told.name.as_str(), told.metadata["host"].as_str(), told.lease), ("w", "h1", false));
     assert!(told.remaining_ms > 0);
     fixture.server.stop().await;
+}
+
+#[tokio::test]
+async fn a_renewal_tells_a_leader_that_it_should_yield() {
+    let fixture = Fixture::start().await;
+    let channel = fixture.channel().await;
+    let (mut sessions, mut elections) = (SessionsClient::new(channel.clone()), ElectionsClient::new(channel));
+    let (leads, waits) = (session(&mut sessions).await, session(&mut sessions).await);
+    let campaign = |session, priority, wait| v1::CampaignRequest {
+        name: "e".to_owned(),
+        session,
+        priority,
+        wait,
+        ..Default::default()
+    };
+    elections.campaign(campaign(leads, 0, None)).await.unwrap();
+    let mut yields = async || {
+        let refs = [leads, waits].map(|id| v1::SessionRef { id, token: 0 });
+        let request = v1::SessionRenewRequest { sessions: refs.to_vec(), ..Default::default() };
+        let renewed = sessions.renew(request).await.unwrap().into_inner().renewals;
+        renewed.into_iter().map(|renewal| renewal.should_yield).collect::<Vec<_>>()
+    };
+    assert_eq!(yields().await, [vec![], Vec::<String>::new()]);
+    let forever = Some(v1::campaign_request::Wait::Forever(true));
+    let elected = tokio::spawn({
+        let mut elections = elections.clone();
+        async move { elections.campaign(campaign(waits, 5, forever)).await.unwrap().into_inner().token }
+    });
+    while yields().await != [vec!["e".to_owned()], vec![]] {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    sessions.end(v1::SessionEndRequest { id: leads, ..Default::default() }).await.unwrap();
+    assert!(elected.await.unwrap() > 0);
+    fixture.server.stop().await;
+}
+
+#[tokio::test]
+async fn waits_take_no_place_of_a_pipeline() {
+    let fixture = Fixture::start().await;
+    let channel = fixture.channel().await;
+    let mut sessions = SessionsClient::new(channel.clone());
+    let (holder, waiter) = (session(&mut sessions).await, session(&mut sessions).await);
+    LocksClient::new(channel.clone()).acquire(acquire("held", holder)).await.unwrap();
+    let (requests, receiver) = mpsc::channel(64);
+    let mut answers = PipelineClient::new(channel).stream(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+    // More than may be open at once of what is answered at once.
+    let wait = |id: u64| {
+        let many = v1::LockAcquireManyRequest {
+            locks: vec![v1::LockItem { name: "held".to_owned(), ..Default::default() }],
+            session: waiter,
+            owner_id: id.to_string(),
+            wait: Some(v1::lock_acquire_many_request::Wait::Forever(true)),
+            ..Default::default()
+        };
+        let call = v1::UnaryCall { method: "/tenure.v1.Locks/AcquireMany".into(), body: many.encode_to_vec().into() };
+        v1::Request { id, call: Some(v1::request::Call::Unary(call)) }
+    };
+    for first in (0..5_000).step_by(500) {
+        let some = (first..first + 500).map(wait).collect();
+        requests.send(v1::Requests { requests: some }).await.unwrap();
+    }
+    let put = v1::Request { id: 9_999, call: Some(v1::request::Call::Put(put("k", "v"))) };
+    requests.send(v1::Requests { requests: vec![put] }).await.unwrap();
+    let answered = tokio::time::timeout(Duration::from_secs(20), answers.message()).await.expect("the put goes by");
+    let reply = answered.unwrap().unwrap().replies.remove(0);
+    assert!(reply.id == 9_999 && matches!(reply.result, Some(v1::reply::Result::Put(_))), "{reply:?}");
+    fixture.server.stop().await;
+}
+
+/// The figures of the primitives, after each of them has been used.
+#[tokio::test]
+async fn metrics_tell_of_the_primitives() {
+    let fixture = Fixture::start().await;
+    let channel = fixture.channel().await;
+    let (mut sessions, mut locks) = (SessionsClient::new(channel.clone()), LocksClient::new(channel.clone()));
+    let (mut queues, mut keys) = (QueuesClient::new(channel.clone()), IdempotencyClient::new(channel));
+    let (one, two) = (session(&mut sessions).await, session(&mut sessions).await);
+
+    let held = locks.acquire(acquire("l", one)).await.unwrap().into_inner().token;
+    let wait = Some(v1::lock_acquire_request::Wait::WaitMs(20_000));
+    let waiting = v1::LockAcquireRequest { wait, ..acquire("l", two) };
+    let waited = tokio::spawn({
+        let mut locks = locks.clone();
+        async move { locks.acquire(waiting).await.unwrap() }
+    });
+    let get = || v1::LockGetRequest { name: "l".to_owned(), ..Default::default() };
+    while locks.get(get()).await.unwrap().into_inner().lock.unwrap().waiter_count == 0 {
+        tokio::task::yield_now().await;
+    }
+    let release = |token| v1::LockReleaseRequest { name: "l".to_owned(), session: one, token, ..Default::default() };
+    locks.release(release(held)).await.unwrap();
+    waited.await.unwrap();
+    locks.release(release(1)).await.unwrap_err();
+
+    let begin = |key: &str| v1::IdempotencyBeginRequest { key: key.to_owned(), ..Default::default() };
+    keys.begin(begin("k")).await.unwrap();
+    keys.begin(begin("k")).await.unwrap();
+    let stale = v1::IdempotencyHeartbeatRequest { key: "k".to_owned(), attempt: 1, ..Default::default() };
+    keys.heartbeat(stale).await.unwrap_err();
+
+    let jobs = ["a", "b"].map(|payload| v1::NewJob { payload: payload.to_owned(), ..Default::default() });
+    let enqueue = v1::EnqueueRequest { queue: "q".to_owned(), jobs: jobs.to_vec(), ..Default::default() };
+    queues.enqueue(enqueue).await.unwrap();
+    let receive = || v1::ReceiveRequest { queues: vec!["q".to_owned()], max: 1, ..Default::default() };
+    let job = queues.receive(receive()).await.unwrap().into_inner().jobs.remove(0);
+    let nack = v1::NackRequest { id: job.id, token: job.token, delay_ms: Some(0), ..Default::default() };
+    queues.nack(nack.clone()).await.unwrap();
+    queues.nack(nack).await.unwrap_err();
+    // The other, and the one that was given back.
+    for _ in 0..2 {
+        queues.receive(receive()).await.unwrap();
+    }
+
+    let expected = [
+        "tenure_fenced_total{kind=\"lock\"} 1",
+        "tenure_fenced_total{kind=\"attempt\"} 1",
+        "tenure_fenced_total{kind=\"job\"} 1",
+        "tenure_fenced_total{kind=\"election\"} 0",
+        "tenure_idempotency_begins_total{outcome=\"granted\"} 1",
+        "tenure_idempotency_begins_total{outcome=\"in_flight\"} 1",
+        "tenure_jobs{state=\"leased\"} 2",
+        "tenure_jobs{state=\"ready\"} 0",
+        "tenure_job_deliveries_total 3",
+        "tenure_job_redeliveries_total 1",
+        "tenure_job_oldest_ready_seconds 0",
+        "tenure_lock_wait_seconds_count 1",
+        "tenure_lock_deadlocks_total 0",
+    ];
+    let mut page = String::new();
+    for _ in 0..500 {
+        page = fixture.page("/metrics").await;
+        if expected.iter().all(|line| page.lines().any(|told| told == *line)) {
+            return fixture.server.stop().await;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let missing: Vec<_> = expected.iter().filter(|line| !page.lines().any(|told| told == **line)).collect();
+    panic!("{missing:#?}\n{page}");
 }
 
 #[tokio::test]

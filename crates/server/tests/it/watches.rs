@@ -6,8 +6,11 @@ use std::time::Duration;
 use tenure_wire::etcd::etcdserverpb::CompactionRequest;
 use tenure_wire::etcd::etcdserverpb::kv_client::KvClient as EtcdKv;
 use tenure_wire::tenure::v1;
+use tenure_wire::tenure::v1::counters_client::CountersClient;
+use tenure_wire::tenure::v1::elections_client::ElectionsClient;
 use tenure_wire::tenure::v1::kv_client::KvClient;
 use tenure_wire::tenure::v1::locks_client::LocksClient;
+use tenure_wire::tenure::v1::pools_client::PoolsClient;
 use tenure_wire::tenure::v1::sessions_client::SessionsClient;
 use tenure_wire::tenure::v1::watches_client::WatchesClient;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -252,6 +255,51 @@ async fn things_of_other_primitives() {
     fixture.server.stop().await;
 }
 
+/// Counters, sequences and pools change often: they are watched by their kind, and disturb nobody who watches other things.
+#[tokio::test]
+async fn busy_kinds_are_watched_apart() {
+    let fixture = Fixture::start().await;
+    let channel = fixture.channel().await;
+    let mut counters = CountersClient::new(channel.clone());
+    let mut locks = LocksClient::new(channel.clone());
+    let mut pools = PoolsClient::new(channel);
+    let mut add = async || {
+        let add = v1::CounterAddRequest { name: "c".into(), delta: Some(1), ..Default::default() };
+        counters.add(add).await.unwrap().into_inner().header.unwrap().revision
+    };
+    let first = add().await;
+    let watch = |kind: &str| v1::WatchRequest { snapshot: true, ..of_kind(kind) };
+    let mut counter = Stream::open(&fixture, watch("counter")).await;
+    let mut pool = Stream::open(&fixture, watch("pool")).await;
+    let mut any = Stream::open(&fixture, watch("any")).await;
+    let there = counter.next().await;
+    assert_eq!((there.r#type(), there.name.as_str(), there.facts["value"].as_str()), (Type::Snapshot, "c", "1"));
+    assert_eq!(counter.next().await.r#type(), Type::Synced);
+    assert_eq!(any.next().await.r#type(), Type::Synced, "no counter among the things of any kind");
+    assert_eq!(pool.next().await.r#type(), Type::Synced);
+    let ttl = v1::LockAcquireRequest { name: "l".into(), ttl_ms: 60_000, ..Default::default() };
+    locks.acquire(ttl).await.unwrap();
+    let locked = any.change().await;
+    for _ in 0..3 {
+        add().await;
+    }
+    let told = counter.change().await;
+    assert_eq!((told.facts["value"].as_str(), told.revision > first), ("2", true));
+    let mut resumed = Stream::open(&fixture, v1::WatchRequest { resume: told.resume, ..of_kind("counter") }).await;
+    assert_eq!(resumed.change().await.facts["value"], "3");
+    let create = v1::PoolCreateRequest { name: "p".into(), capacity: 5, ..Default::default() };
+    pools.create(create).await.unwrap();
+    assert_eq!(pool.change().await.facts["available"], "5");
+    let mut rest = Stream::open(&fixture, v1::WatchRequest { revision: locked.revision, ..of_kind("any") }).await;
+    let again = rest.change().await;
+    assert_eq!((again.kind, again.name), (locked.kind, locked.name));
+    for kind in ["job", "marker", "idempotency", "queue", "reservation"] {
+        let refused = crate::native::error(&Stream::refused(&fixture, of_kind(kind)).await);
+        assert!(refused.code == "INVALID" && refused.message.contains("not watched: "), "{refused:?}");
+    }
+    fixture.server.stop().await;
+}
+
 #[tokio::test]
 async fn bookmarks_tell_where_it_is() {
     let fixture = Fixture::start().await;
@@ -343,6 +391,33 @@ async fn a_slow_reader_is_caught_up() {
     }
     for revision in 2..42 {
         assert_eq!(stream.change().await.revision, revision);
+    }
+    fixture.server.stop().await;
+}
+
+#[tokio::test]
+async fn streams_are_bounded() {
+    let fixture = Fixture::start_with(|config| config.max_watch_streams = 2).await;
+    let first = Stream::open(&fixture, keys("a")).await;
+    let mut elections = ElectionsClient::new(fixture.channel().await);
+    let request = v1::ObserveRequest { name: "e".into(), ..Default::default() };
+    let mut observer = elections.observe(request).await.unwrap().into_inner();
+    observer.message().await.unwrap();
+    let status = Stream::refused(&fixture, keys("a")).await;
+    let refused = crate::native::error(&status);
+    assert_eq!((status.code(), refused.code.as_str()), (tonic::Code::ResourceExhausted, "RATE_LIMITED"));
+    assert!(refused.retryable && refused.facts["flag"] == "--max-watch-streams", "{refused:?}");
+    let (http, _) = Lines::get(&fixture, "/v1/watch?key=a", EVENTS).await;
+    assert_eq!(http, 429);
+    // What ends makes room.
+    drop(first);
+    loop {
+        if let Ok(mut stream) = Stream::try_open(&fixture, keys("a")).await
+            && stream.try_next().await.is_ok()
+        {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     fixture.server.stop().await;
 }

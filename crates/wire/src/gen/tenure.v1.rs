@@ -7827,6 +7827,9 @@ pub struct SessionRenewal {
     /// Set if this session was not renewed, which is SESSION_EXPIRED when it is dead; the times are then 0.
     #[prost(message, optional, tag = "5")]
     pub error: ::core::option::Option<Error>,
+    /// Elections that it leads and should resign from: a candidate with a higher priority waits. As the member that answers knows it.
+    #[prost(string, repeated, tag = "6")]
+    pub should_yield: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SessionGetRequest {
@@ -8588,7 +8591,8 @@ pub mod request {
         Unary(super::UnaryCall),
     }
 }
-/// A change by the path of its method, such as `/tenure.v1.Counters/Add`. An unknown path is INVALID, and so is one that is not a change.
+/// A change by the path of its method, such as `/tenure.v1.Counters/Add`. An unknown path is INVALID, and so is one that is not a change, or one that
+/// looks at the state before it is planned: publishing, rolling back, deleting and setting the schema of a configuration.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct UnaryCall {
     #[prost(string, tag = "1")]
@@ -9253,8 +9257,9 @@ pub struct WatchRequest {
     #[prost(bool, tag = "5")]
     pub prefix: bool,
     /// What is watched: empty or `key` for keys; `session` (named by its id), `lock`, `election`, `service` (an instance, named by service, slash and its id;
-    /// as a prefix `service/` is all of one service), `service-index`, `config`; or `any` for all things that are no keys. Kinds that are
-    /// many and busy, such as jobs, are not watched one by one: INVALID.
+    /// as a prefix `service/` is all of one service), `service-index`, `config`, `counter`, `sequence`, `pool`; or `any` for all things that are no keys but
+    /// the last three, which change so often that they have a ring of their own, lost when a member restarts. What comes in the numbers of the work itself
+    /// is not watched: INVALID for queues, jobs, idempotency records, markers and single reservations.
     #[prost(string, tag = "6")]
     pub kind: ::prost::alloc::string::String,
     #[prost(string, tag = "7")]
