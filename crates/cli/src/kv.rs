@@ -53,7 +53,7 @@ struct GetArgs {
     /// Print values only, without keys
     #[arg(long)]
     print_value_only: bool,
-    /// From this member alone, which may be behind
+    /// From this member alone, which may be behind; tells how old that may be
     #[arg(long)]
     stale: bool,
     #[command(flatten)]
@@ -164,9 +164,18 @@ async fn get(client: &Client, args: GetArgs) -> Result<ExitCode> {
     }
     let found = if args.limit > 0 || args.count_only { range.limit(args.limit).await? } else { range.all().await? };
     match args.output.output {
+        Output::Json if args.stale => {
+            let mut told = range_json(&found);
+            told["stale_ms"] = json!(found.age.as_millis().to_string());
+            println!("{told}");
+        }
         Output::Json => println!("{}", range_json(&found)),
         Output::Table if args.count_only => println!("{}", found.count),
         Output::Table => print_records(&found.records, args.print_value_only || one, args.keys_only)?,
+    }
+    if args.stale && args.output.output == Output::Table {
+        // Beside the answer, which may be read by a program.
+        eprintln!("revision {}, at most {} ms old", found.revision, found.age.as_millis());
     }
     if one && found.count == 0 {
         return Err(Failure::new(exit::NOT_FOUND, format!("there is no key `{}`", args.key)).into());

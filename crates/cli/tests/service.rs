@@ -349,3 +349,64 @@ fn another_member_takes_the_probes_over() {
     web.say(200);
     wait_for_health(&all, "web", "a", "passing");
 }
+
+/// The instances of a cache, with their tokens.
+fn known(cache: &tenure_client::ServiceCache) -> Vec<(String, u64)> {
+    cache.now().instances.iter().map(|one| (one.instance.clone(), one.token)).collect()
+}
+
+async fn until(cache: &mut tenure_client::ServiceCache, expected: &[(&str, u64)]) {
+    let waiting = async {
+        loop {
+            let now = known(cache);
+            if now.iter().map(|(name, token)| (name.as_str(), *token)).eq(expected.iter().copied()) {
+                return;
+            }
+            cache.changed().await;
+        }
+    };
+    let waited = tokio::time::timeout(LIMIT, waiting).await;
+    assert!(waited.is_ok(), "{expected:?} did not come: {:?}", known(cache));
+}
+
+/// With the library: what is deregistered is registered again, what goes with a session comes back with the next one, and a cache keeps what it knows
+/// while nobody can be reached.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registration_comes_back_and_a_cache_keeps_what_it_knows() {
+    let mut server = Server::start(&[]);
+    let client = tenure_client::Client::connect([&server.address]).await.unwrap();
+    let registry = client.registry();
+
+    let check = tenure_client::ServiceCheck::ttl(Duration::from_secs(3));
+    let kept = registry.register("svc", "a-kept", "10.0.0.1", 1).check(check).await.unwrap();
+    let session = client.session().await.unwrap();
+    let bound = registry.register("svc", "b-bound", "10.0.0.2", 2).session(&session).await.unwrap();
+    let mut cache = registry.follow("svc").await.unwrap();
+    until(&mut cache, &[("a-kept", kept.token()), ("b-bound", bound.token())]).await;
+
+    // An operator removes the one; the session of the other ends, and its owner makes another.
+    let before = kept.token();
+    assert!(registry.deregister("svc", "a-kept", 0).await.unwrap());
+    server.post("/v1/sessions:end", json!({ "id": session.id().to_string() }).to_string());
+    session.lost().await;
+    bound.leave_on_drop();
+    let next = client.session().await.unwrap();
+    let bound = registry.register("svc", "b-bound", "10.0.0.2", 2).session(&next).await.unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while kept.token() == before {
+        assert!(Instant::now() < deadline, "it is not registered again");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(kept.token() > before);
+    until(&mut cache, &[("a-kept", kept.token()), ("b-bound", bound.token())]).await;
+
+    // Nobody answers: what was known last stays known. When somebody does again, what has changed meanwhile comes.
+    let last = known(&cache);
+    server.kill();
+    assert!(registry.find("svc").await.is_err());
+    assert_eq!(known(&cache), last);
+    server.start_again(&[]);
+    let third = client.registry().register("svc", "c-new", "10.0.0.3", 3).session(&next).await;
+    let third = third.unwrap();
+    until(&mut cache, &[("a-kept", kept.token()), ("b-bound", bound.token()), ("c-new", third.token())]).await;
+}

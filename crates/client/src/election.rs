@@ -320,8 +320,16 @@ impl Leadership {
         Ok(reply.should_yield)
     }
 
-    /// Waits until a candidate with a higher priority waits, or until another leads.
+    /// Waits until a candidate with a higher priority waits, or until another leads. Renewals of the session tell it too, so that it is learned where
+    /// no stream can be held open.
     pub async fn should_yield(&self) {
+        tokio::select! {
+            () = self.observed_to_yield() => {}
+            () = self.led.session.core().should_yield(&self.led.name) => {}
+        }
+    }
+
+    async fn observed_to_yield(&self) {
         let mut observing = self.led.session.client().election(&self.led.name).observe();
         loop {
             match observing.next().await {

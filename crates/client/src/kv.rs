@@ -5,6 +5,7 @@
 
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tenure_wire::tenure::v1;
@@ -433,11 +434,15 @@ pub struct RangeReply {
     pub count: u64,
     /// Where the next page begins; empty when there is no more.
     pub next: Bytes,
+    /// Of a read that may be [`stale`](Range::stale): how old it is at most, the way of the answer apart. Zero otherwise.
+    pub age: Duration,
 }
 
 impl From<v1::RangeReply> for RangeReply {
     fn from(reply: v1::RangeReply) -> Self {
+        let age_ms = reply.header.as_ref().map_or(0, |header| header.stale_ms);
         Self {
+            age: Duration::from_millis(age_ms),
             revision: revision(reply.header).0,
             records: reply.records.into_iter().map(Record::from).collect(),
             count: reply.count,

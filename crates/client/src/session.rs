@@ -236,6 +236,8 @@ pub(crate) struct Core {
     state: watch::Sender<LeaseState>,
     /// The lease was renewed or ended: look at it again.
     changed: Notify,
+    /// Elections that it leads and should give up, as the last renewal told.
+    yields: watch::Sender<Vec<String>>,
 }
 
 impl fmt::Debug for Session {
@@ -252,7 +254,8 @@ impl Session {
     fn start(client: Client, id: u64, token: u64, lease: Lease) -> Result<Self, Error> {
         let (state, _) = watch::channel(LeaseState::Safe);
         let (lease, sequence) = (Mutex::new(lease), Mutex::new(Sequence::new()));
-        let core = Arc::new(Core { client, id, token, lease, sequence, state, changed: Notify::new() });
+        let (yields, _) = watch::channel(Vec::new());
+        let core = Arc::new(Core { client, id, token, lease, sequence, state, changed: Notify::new(), yields });
         let keeper = tokio::spawn(keep(Arc::clone(&core)));
         let session = Self { owner: Arc::new(Owner { core, keeper, end_on_drop: AtomicBool::new(true) }) };
         // An answer that took longer than the ttl brings a session that is over already.
@@ -396,15 +399,23 @@ impl Core {
         self.changed.notify_waiters();
     }
 
-    fn renewed(&self, first_sent: BootTime, ttl: Duration) {
+    fn renewed(&self, first_sent: BootTime, renewed: Renewed) {
         let now = BootTime::now();
-        self.lease().renewed(first_sent, ttl, now);
+        self.lease().renewed(first_sent, renewed.ttl, now);
+        self.yields.send_if_modified(|known| std::mem::replace(known, renewed.yields.clone()) != renewed.yields);
         self.look(now);
         self.changed.notify_waiters();
     }
 
     fn reason(&self) -> LostReason {
         self.lease().lost().cloned().unwrap_or(LostReason::Closed)
+    }
+
+    /// Waits until a renewal tells that the lead of an election should be given up.
+    pub(crate) async fn should_yield(&self, election: &str) {
+        let mut yields = self.yields.subscribe();
+        // The sender is a field of self, so the channel cannot close here.
+        let _ = yields.wait_for(|yields| yields.iter().any(|name| name == election)).await;
     }
 
     pub(crate) async fn lost(&self) -> LostReason {
@@ -480,8 +491,8 @@ async fn renew_for_ever(core: &Core) {
         }
         let (sent, sent_at) = (BootTime::now(), Instant::now());
         match timeout(timing.try_timeout(), renew_once(core)).await {
-            Ok(Ok(ttl)) => {
-                core.renewed(sent, ttl);
+            Ok(Ok(renewed)) => {
+                core.renewed(sent, renewed);
                 jitter = requests::jitter();
             }
             Ok(Err(Renewal::Ended)) => return core.end(LostReason::EndedByServer),
@@ -497,6 +508,12 @@ async fn renew_for_ever(core: &Core) {
     }
 }
 
+/// What a renewal brings.
+struct Renewed {
+    ttl: Duration,
+    yields: Vec<String>,
+}
+
 /// Why a try of a renewal did not succeed.
 enum Renewal {
     /// The session is over.
@@ -505,7 +522,7 @@ enum Renewal {
     Failed(String),
 }
 
-async fn renew_once(core: &Core) -> Result<Duration, Renewal> {
+async fn renew_once(core: &Core) -> Result<Renewed, Renewal> {
     let sessions = vec![v1::SessionRef { id: core.id, token: core.token }];
     let request = v1::SessionRenewRequest { sessions, namespace: core.client.namespace() };
     let renewal = match core.client.send_once(Call::SessionRenew(request)).await {
@@ -516,7 +533,9 @@ async fn renew_once(core: &Core) -> Result<Duration, Renewal> {
     };
     match renewal {
         Some(v1::SessionRenewal { error: Some(error), .. }) => Err(judge(core, error, 0)),
-        Some(renewal) if renewal.ttl_ms > 0 => Ok(Duration::from_millis(renewal.ttl_ms)),
+        Some(renewal) if renewal.ttl_ms > 0 => {
+            Ok(Renewed { ttl: Duration::from_millis(renewal.ttl_ms), yields: renewal.should_yield })
+        }
         _ => Err(Renewal::Failed("the answer to the renewal is of another kind".to_owned())),
     }
 }
