@@ -295,6 +295,26 @@ impl Client for RedisSharedOnce {
     }
 }
 
+/// A stream of jobs, or keys with results, a thousand to a write.
+pub(super) async fn fill_redis(server: &Server, things: u64, stream: bool) -> Result<()> {
+    let mut redis = Redis(Line::connect(server).await?);
+    for thousand in 0..things / 1000 {
+        let (mut b, mut numbers) = (Vec::new(), Numbers::new(thousand + 1));
+        for n in 0..1000 {
+            let (key, bytes) = (format!("bench/{:012}", thousand * 1000 + n), numbers.bytes(JOB_BYTES));
+            match stream {
+                true => resp_call(&mut b, &[b"XADD", b"jobs", b"*", b"p", &bytes]),
+                false => resp_call(&mut b, &[b"SET", key.as_bytes(), &bytes, b"NX", b"EX", b"86400"]),
+            }
+        }
+        redis.0.send(&b).await?;
+        for _ in 0..1000 {
+            ensure!(matches!(redis.answer().await?, Resp::Text(_)), "Redis took no more");
+        }
+    }
+    Ok(())
+}
+
 /// Keys, each given twice in a row, of one caller.
 pub(crate) struct Keys {
     caller: usize,

@@ -5,6 +5,7 @@
 //! Not promised. That a peer could not be tuned further: flags are in `servers.rs`.
 
 mod clients;
+mod scale;
 mod servers;
 mod tenure;
 
@@ -32,6 +33,9 @@ pub(crate) struct PeersArgs {
     /// Only the workloads whose name contains one of these, comma separated
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Instead: memory for so many jobs and records, and a tenth as many sessions, and an end of so many leases in one second
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1000000")]
+    scale: Option<u64>,
 }
 
 /// What is done, by how many at once.
@@ -90,6 +94,10 @@ impl Work {
 
 pub(crate) async fn run(args: &PeersArgs) -> Result<ExitCode> {
     let programs = Programs { tenure: std::env::current_exe()?, etcd: PathBuf::new() };
+    if let Some(things) = args.scale {
+        scale::run(&programs, things).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
     println!("| work | server | operations/s | p50 ms | p99 ms | server us/operation | per server CPU s |");
     println!("|---|---|---|---|---|---|---|");
     for work in Work::ALL {

@@ -72,3 +72,54 @@ pub(crate) async fn once(target: &Target, shared: bool) -> Result<Figures> {
     }
     closed_loop(target, askers).await
 }
+
+/// So many jobs in one queue, a hundred to a commit.
+pub(super) async fn enqueue(endpoint: &str, jobs: u64) -> Result<()> {
+    let queue = Client::connect([endpoint]).await?.queue("jobs");
+    shared_out(jobs / 100, 16, move |n| {
+        let queue = queue.clone();
+        async move {
+            let mut numbers = Numbers::new(n + 1);
+            queue.enqueue_all((0..100).map(|_| NewJob::new(numbers.bytes(JOB_BYTES)))).await?;
+            Ok(())
+        }
+    })
+    .await
+}
+
+/// So many records with a result.
+pub(super) async fn complete(endpoint: &str, records: u64) -> Result<()> {
+    let idempotent = Client::connect([endpoint]).await?.idempotent("bench");
+    shared_out(records, 256, move |n| {
+        let idempotent = idempotent.clone();
+        async move {
+            let key = format!("bench/{n:012}");
+            let Begun::Granted(attempt) = idempotent.begin(&key).await? else { bail!("the key is new") };
+            attempt.complete(&StoredResult::new(Numbers::new(n + 1).bytes(JOB_BYTES))).await?;
+            Ok(())
+        }
+    })
+    .await
+}
+
+/// Does `work` for each number below `count`, so many at a time.
+async fn shared_out<F, R>(count: u64, at_a_time: u64, work: F) -> Result<()>
+where
+    F: Fn(u64) -> R + Clone + Send + 'static,
+    R: Future<Output = Result<()>> + Send,
+{
+    let mut tasks = tokio::task::JoinSet::new();
+    for first in 0..at_a_time {
+        let work = work.clone();
+        tasks.spawn(async move {
+            for n in (first..count).step_by(at_a_time as usize) {
+                work(n).await?;
+            }
+            anyhow::Ok(())
+        });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended??;
+    }
+    Ok(())
+}
