@@ -325,7 +325,11 @@ impl Commit<'_> {
         for _ in 0..=VICTIMS_MAX {
             if self.may_take(want) {
                 self.create_session_of(create);
-                return self.take(want);
+                let mut returned = Vec::new();
+                let reply = self.take(want, &mut returned)?;
+                // Less may be wanted than was kept: the rest is for those who wait.
+                self.serve(returned)?;
+                return Ok(reply);
             }
             let deadline = self.check_wait(want, wait)?;
             let Some(cycle) = self.find_deadlock(want) else {
@@ -569,12 +573,14 @@ impl Commit<'_> {
 
     // ---- Grants ----
 
-    /// Holds everything that is wanted, from this commit on.
-    fn take(&mut self, want: &Want) -> Result<OpReply, Rejection> {
+    /// Holds everything that is wanted, from this commit on. Notes the locks of which something was kept for this owner.
+    fn take(&mut self, want: &Want, returned: &mut Vec<LockKey>) -> Result<OpReply, Rejection> {
         let mut parts = Vec::with_capacity(want.items.len());
         let mut plain = None;
         for (key, mode) in &want.items {
-            self.take_back_kept(key, want);
+            if self.take_back_kept(key, want) {
+                returned.push(key.clone());
+            }
             let is_plain = *mode == HoldMode::Exclusive && want.is_for_nothing_special();
             let slots = if is_plain && self.m.locks.get(key).is_none() {
                 plain = Some(self.grant(key, want.session, want.owner.clone())?);
@@ -600,16 +606,18 @@ impl Commit<'_> {
         Ok(LockReply::Granted(LockGranted { token, session, session_token, ttl_ms, depth, locks }).into())
     }
 
-    /// An owner that returns has again what was kept for it.
-    fn take_back_kept(&mut self, key: &LockKey, want: &Want) {
+    /// An owner that returns has again what was kept for it, if something was.
+    fn take_back_kept(&mut self, key: &LockKey, want: &Want) -> bool {
         let owner = want.owner_key();
-        let Some(wide) = self.m.locks.wide(key) else { return };
+        let Some(wide) = self.m.locks.wide(key) else { return false };
         let kept: Vec<HoldKey> =
             wide.holds.iter().filter(|(_, hold)| hold.yields_to(&owner)).map(|(at, _)| *at).collect();
+        let is_kept = !kept.is_empty();
         for at in kept {
             self.set_lock_hold(key, at, None);
         }
         self.tidy(key);
+        is_kept
     }
 
     /// One more hold of a wide lock. Its slots come back.
@@ -670,7 +678,8 @@ impl Commit<'_> {
                 if !self.is_next(number, &want) {
                     break;
                 }
-                let reply = self.take(&want)?;
+                // What it leaves of what was kept for it is given on below.
+                let reply = self.take(&want, &mut Vec::new())?;
                 self.end_wait(number, Ok(reply));
                 left.extend(want.items.into_iter().map(|(other, _)| other).filter(|other| *other != key));
             }
