@@ -17,4 +17,5 @@ mod node;
 mod people;
 mod world;
 
+pub use native::NativeBug;
 pub use world::{Bug, Options, Report, run};

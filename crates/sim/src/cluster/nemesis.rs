@@ -53,7 +53,7 @@ impl World {
         }
         let again = self.random.between(50_000, self.shape.mischief_us);
         self.later(again, Event::Mischief);
-        let weights = [4, 3, 4, 4, 4, 4, 4, 4, 3, 3, 2, 2, 5, 3, 1, 4, 3, 2, 4];
+        let weights = [4, 3, 4, 4, 4, 4, 4, 4, 3, 3, 2, 2, 5, 3, 1, 4, 3, 4, 4];
         let kind = self.random.weighted(&weights);
         if self.shape.kinds & 1 << kind == 0 {
             return Ok(());

@@ -19,6 +19,9 @@ pub(super) enum Fate {
     Removed,
 }
 
+/// What the clocks of the wall show at first, before one jumps.
+pub(super) const FIRST_WALL_MS: u64 = 1_700_000_000_000;
+
 pub(super) struct Node {
     pub(super) id: MemberId,
     pub(super) name: String,
@@ -89,7 +92,7 @@ impl Node {
             join: None,
             behaviour: tenure_machine::BEHAVIOUR,
             batch_bytes: *random.pick(&[600, 4_000, 1 << 20]),
-            wall_ms: 1_700_000_000_000 + random.below(5_000),
+            wall_ms: FIRST_WALL_MS + random.below(5_000),
             poll_at: None,
             paused: false,
             backlog: Vec::new(),

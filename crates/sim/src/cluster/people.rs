@@ -3,6 +3,7 @@
 //! What they ask for is drawn as for a single member (`crate::client`), with writes that compare what was read before and stale reads
 //! added. A session is counted as lost by the client's own clock, whatever the members say.
 
+use super::native::{Asker, Focus};
 use crate::client::{self, Client, What};
 use crate::oracle::ledger::{Intent, value};
 use crate::random::Random;
@@ -88,16 +89,26 @@ impl Call {
     }
 }
 
-/// Draws the next thing that a client does, who knows of a newest revision, and asks native primitives so often of sixteen times.
+/// What a client knows of the others.
+pub(super) struct Around {
+    pub(super) newest: u64,
+    pub(super) native: Focus,
+    pub(super) sessions: Vec<SessionId>,
+}
+
+/// Draws the next thing that a client does.
 pub(super) fn draw(
     number: u64,
     index: usize,
     person: &Person,
-    (newest, native): (u64, u64),
+    around: &Around,
     random: &mut Random,
 ) -> (Kind, Txn, Intent) {
-    if native > 0 && random.chance(native, 16) {
-        return (Kind::Native, super::native::draw(number, &person.native, random), Intent::default());
+    let newest = around.newest;
+    let session = person.state.session.map(|(id, ..)| id);
+    let asker = Asker { number, index, session, given: &person.native, sessions: &around.sessions };
+    if let Some(txn) = super::native::draw(around.native, &asker, random) {
+        return (Kind::Native, txn, Intent::default());
     }
     match random.below(12) {
         0 => (Kind::Stale, Txn::default(), Intent::default()),

@@ -5,11 +5,11 @@
 //! jobs run in order, a fault ends the process.
 
 use super::judge::Judge;
-use super::native;
+use super::native::{self, Focus, NativeBug};
 use super::nemesis::Mend;
 use super::net::{Net, Quality};
-use super::node::{Caller, Fate, Node, Sent};
-use super::people::{self, Call, Kind, Person};
+use super::node::{Caller, FIRST_WALL_MS, Fate, Node, Sent};
+use super::people::{self, Around, Call, Kind, Person};
 use crate::client::{self, Client, What};
 use crate::disk::{Counts, Lie};
 use crate::oracle::ledger::{Intent, Ledger, writer};
@@ -59,6 +59,8 @@ pub enum Bug {
     WrongReplay,
     /// The newest bytes of every log are cut off while the members are down.
     CutLogs,
+    /// One of a door to the native primitives.
+    Native(NativeBug),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -105,6 +107,8 @@ pub struct Report {
     pub expired: u64,
     pub handed_on: u64,
     pub compared: u64,
+    /// Answers of native primitives that were judged.
+    pub native: u64,
     /// The longest that a caller waited who was owed an answer, in election timeouts of its member, in hundredths.
     pub slowest: u64,
     pub recovery_ms: u64,
@@ -146,6 +150,7 @@ impl Report {
             (&mut self.expired, o.expired),
             (&mut self.handed_on, o.handed_on),
             (&mut self.compared, o.compared),
+            (&mut self.native, o.native),
         ];
         pairs.into_iter().for_each(|(sum, more)| *sum += more);
         self.slowest = self.slowest.max(o.slowest);
@@ -166,12 +171,9 @@ pub(super) struct Shape {
     pub(super) mischief_us: u64,
     /// Which kinds of them this run has, as bits.
     pub(super) kinds: u64,
-    /// Of sixteen things that clients ask for, how many are of native primitives.
-    native: u64,
+    /// What clients ask of the native primitives.
+    native: Focus,
 }
-
-/// By turns, so that all are in any few seeds: one kind of work thins out the others, and rare meetings are what most oracles live on.
-const NATIVE_SHARES: [u64; 4] = [0, 12, 0, 5];
 
 impl Shape {
     fn draw(seed: u64, random: &mut Random, options: Options) -> Self {
@@ -184,7 +186,7 @@ impl Shape {
             length_us: if options.grow_at.is_some() { 6 } else { random.between(6, 25) } * SECOND,
             mischief_us: *random.pick(&[400_000, 1_500_000, 4_000_000]),
             kinds: if random.chance(1, 3) { u64::MAX } else { random.u64() | random.u64() },
-            native: NATIVE_SHARES[(seed % NATIVE_SHARES.len() as u64) as usize],
+            native: Focus::of(seed),
         }
     }
 
@@ -399,6 +401,7 @@ impl World {
             let ((at, order), event) = entry.remove_entry();
             self.now = at;
             self.step += 1;
+            self.primitives.step = self.step;
             self.trace.numbers(&[at, order]);
             self.handle(event)?;
         }
@@ -677,10 +680,11 @@ impl World {
         if at != n.judged_at {
             n.judged_at = at;
             self.judge.position(&n.name, machine)?;
-            Primitives::look(machine).map_err(|why| format!("{}: {why}", n.name))?;
+            self.primitives.look(machine).map_err(|why| format!("{}: {why}", n.name))?;
         }
         for over in self.judge.look(machine, self.step, self.now).map_err(|why| format!("n{node}: {why}"))? {
             self.locks.session_may_end(over, self.step);
+            self.primitives.session_over(over, machine.revision().0);
             self.trace.say(|| format!("{} us: n{node} has ended session {over}", self.now));
         }
         if machine.revision().0 == self.ledger.newest() && self.random.chance(1, 40) {
@@ -1048,8 +1052,9 @@ impl World {
         }
         let number = self.new_number();
         let newest = self.ledger.newest();
-        let (kind, mut txn, intent) =
-            people::draw(number, index, &self.people[index], (newest, self.shape.native), &mut self.random);
+        let sessions = self.people.iter().filter_map(|p| p.state.session).map(|(id, ..)| id).collect();
+        let around = Around { newest, native: self.shape.native, sessions };
+        let (kind, mut txn, intent) = people::draw(number, index, &self.people[index], &around, &mut self.random);
         let what = match &kind {
             Kind::Client(what) => what.clone(),
             Kind::Swap { .. } | Kind::Native => What::Write,
@@ -1119,6 +1124,7 @@ impl World {
             open: false,
             unknown: false,
         };
+        native::asked(&call.txn).for_each(|op| self.primitives.asked(op));
         self.trace.say(|| format!("{} us: {person:?} asks {number} of n{node}: {:?}", self.now, call.kind));
         if let Some(person) = person {
             self.people[person].state.open += 1;
@@ -1173,10 +1179,18 @@ impl World {
         }
         let n = &mut self.nodes[to];
         let Some(member) = &mut n.member else { return Ok(()) };
+        let mut txn = call.txn.clone();
+        if let Some(Bug::Native(bug)) = self.options.bug {
+            let jumped = n.wall_ms > FIRST_WALL_MS + 10_000;
+            for first in native::spoil_request(bug, member.machine(), jumped, &mut txn) {
+                let caller = Caller { call: 0, attempt: 0, since_us: self.now, due_ms: None };
+                n.tickets.extend(member.submit(first).map(|ticket| (ticket, caller)));
+            }
+        }
         let taken = match &call.kind {
             Kind::Client(What::Read) => member.read(),
             Kind::Client(What::Renew { session }) => Ok(member.renew(*session, 0)),
-            _ => member.submit(call.txn.clone()),
+            _ => member.submit(txn),
         };
         match taken {
             Ok(ticket) => {
@@ -1387,6 +1401,9 @@ impl World {
         if self.options.bug == Some(Bug::GrantToDead) {
             self.grant_to_dead(call, &mut reply);
         }
+        if let Some(Bug::Native(bug)) = self.options.bug {
+            native::spoil_answer(bug, &call.txn, &mut reply);
+        }
         if let Some(id) = call.txn.request {
             self.requests.answered(id, &reply)?;
         }
@@ -1406,15 +1423,34 @@ impl World {
         }
         let did = matches!(&reply.result, Ok(r) if r.succeeded && !r.results.iter().all(|o| matches!(o, OpReply::Delete { deleted: 0, .. })));
         self.ledger.acknowledge(call.number, reply.revision.0, did)?;
-        if let Ok(result) = &reply.result {
-            self.touch_done(call, result);
-            for (op, answer) in native::answered(&call.txn, &result.results) {
-                self.primitives.done(call.number, op, answer, reply.revision.0)?;
-                if let Some(index) = call.person {
-                    self.people[index].native.learn(op, answer);
-                }
+        match &reply.result {
+            Ok(result) => {
+                self.touch_done(call, result);
+                self.native_done(call, result, reply.revision.0)?;
+                self.learn(call, &reply)
             }
-            self.learn(call, &reply)?;
+            Err(why) => {
+                native::asked(&call.txn).for_each(|op| self.primitives.refused(op, why));
+                Ok(())
+            }
+        }
+    }
+
+    fn native_done(&mut self, call: &Call, result: &TxnReply, at: u64) -> Result<(), String> {
+        if call.kind != Kind::Native {
+            return Ok(());
+        }
+        for RequireLock { name, token } in &call.txn.requires {
+            self.primitives.guarded(name, *token, at);
+        }
+        for (op, answer) in native::answered(&call.txn, &result.results) {
+            self.primitives.done(call.number, op, answer, at)?;
+            if let Some(index) = call.person {
+                self.people[index].native.learn(op, answer);
+            }
+        }
+        for release in native::released(&call.txn, &result.results) {
+            self.primitives.given_back(&release.name, release.token, true, at);
         }
         Ok(())
     }
@@ -1506,8 +1542,10 @@ impl World {
     fn look_everywhere(&mut self) -> Result<(), String> {
         for node in 0..self.nodes.len() {
             let Some(member) = &self.nodes[node].member else { continue };
-            for over in self.judge.look(member.machine(), self.step, self.now)? {
+            let machine = member.machine();
+            for over in self.judge.look(machine, self.step, self.now)? {
                 self.locks.session_may_end(over, self.step);
+                self.primitives.session_over(over, machine.revision().0);
             }
         }
         Ok(())
@@ -1650,6 +1688,7 @@ impl World {
         report.terms = self.judge.terms();
         report.expired = self.judge.expired;
         report.compared = self.judge.compared;
+        report.native = self.primitives.judged.values().sum();
         report.handed_on = self.locks.handed_over;
         report.replayed = self.requests.replayed;
         self.report

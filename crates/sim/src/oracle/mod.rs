@@ -9,4 +9,7 @@ pub mod linear;
 pub mod locks;
 pub mod primitives;
 pub mod requests;
+pub mod rights;
+pub mod standing;
 pub mod state;
+pub mod versions;

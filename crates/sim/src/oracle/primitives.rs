@@ -4,12 +4,17 @@
 //! rises by what was added, acknowledged additions all, unknown ones at most once; no number of a sequence is given out twice; a job is in one
 //! pair of hands, under tokens and attempts that only rise, is not given out after an ack that was accepted, and jobs of one group follow one
 //! another; an effect is marked once; an idempotency key is granted to one attempt at a time, its result is the one that was
-//! completed first, and whoever asks again gets those bytes; a pool never gives more than it has.
+//! completed first, and whoever asks again gets those bytes; one that forbids takeover is followed by nobody before somebody ends it, and its own
+//! late result is taken; what of a pool is confirmed was confirmed once each. What is held under a token is for `rights.rs`, versions of
+//! configuration are for `versions.rs`, and what members hold at any time is for `standing.rs`.
 //! Not promised. Anything about operations that nobody was told of, but that they happen at most once.
 //! Relies on. Clients that add one at a time, whose jobs of one group are enqueued with numbers, and that tell here whenever an
 //! outcome stays unknown. Retentions are longer than a run.
 
-use std::collections::BTreeMap;
+use super::rights::{Grant, Rights, Thing};
+use super::standing::{ELECTION, SERVICE, Standing};
+use super::versions::Versions;
+use std::collections::{BTreeMap, BTreeSet};
 use tenure_machine::*;
 
 /// A counter that everybody adds one to.
@@ -40,10 +45,49 @@ struct Once {
     granted: BTreeMap<u64, (u32, u64)>,
     /// The result, the attempt that gave it, and the revision at which it was known.
     result: Option<(PackedResult, u64, u64)>,
+    /// Every begin of it forbids takeover.
+    stays: bool,
+    /// Attempts that somebody has asked to end without a result.
+    freed: BTreeSet<u64>,
+    /// Attempts whose completion was refused as fenced, with the result that each had.
+    refused: Vec<(u64, PackedResult)>,
+    /// Something of it stayed unknown.
+    unknown: bool,
+}
+
+/// What became of a part of a pool.
+#[derive(Debug)]
+struct Part {
+    token: u64,
+    call: u64,
+    quantity: u64,
+    became: Option<HoldState>,
+}
+
+/// What is known of one pool.
+#[derive(Debug, Default)]
+struct Parts {
+    /// By number.
+    granted: BTreeMap<u64, Part>,
+    returned: u64,
+    unknown_confirmed: u64,
+    unknown_returned: u64,
 }
 
 #[derive(Default)]
 pub struct Primitives {
+    /// The step that is played.
+    pub step: u64,
+    rights: Rights,
+    standing: Standing,
+    versions: Versions,
+    /// Who was to lead, under which revision, by the resignation of which token.
+    named: Vec<(u64, u64, SessionId)>,
+    /// How often it was asked for: one that is said again names nobody.
+    resigned: BTreeMap<u64, u32>,
+    pools: BTreeMap<Box<str>, Parts>,
+    /// Who put a marker, as those who came later were told, and the token.
+    told: BTreeMap<Box<str>, (Box<str>, u64)>,
     counters: BTreeMap<Box<[u8]>, Count>,
     numbers: BTreeMap<Box<[u8]>, Given>,
     jobs: BTreeMap<JobId, Seen>,
@@ -64,27 +108,99 @@ impl Primitives {
             (NativeOp::Idempotency(op), NativeReply::Idempotency(reply)) => {
                 ("idempotency", self.idempotency(call, op, reply, at))
             }
+            (NativeOp::Lock(op), NativeReply::Lock(reply)) => ("locks", self.lock(call, op, reply, at)),
+            (NativeOp::Election(op), NativeReply::Election(reply)) => ("elections", self.election(call, op, reply, at)),
+            (NativeOp::Registry(op), NativeReply::Registry(reply)) => ("registry", self.registry(call, op, reply, at)),
+            (NativeOp::Config(op), NativeReply::Config(ConfigReply::Changed(after))) => {
+                ("configuration", self.versions.changed(call, op, after, at))
+            }
+            (NativeOp::Reservation(op), NativeReply::Reservation(reply)) => ("pools", self.pool(call, op, reply)),
             _ => ("others", Ok(())),
         };
         *self.judged.entry(primitive).or_default() += 1;
         judged
     }
 
-    /// It may have been done, or may still be.
-    pub fn unknown(&mut self, op: &NativeOp) {
-        if let NativeOp::Counter(CounterOp::Add(add)) = op {
-            self.counters.entry(add.name.clone()).or_default().unknown += 1;
+    /// Somebody is about to ask for it.
+    pub fn asked(&mut self, op: &NativeOp) {
+        match op {
+            NativeOp::Config(op) => self.versions.asked(op),
+            NativeOp::Lock(LockOp::Release(release)) => self.may_end(lock(&release.name), release.token.0),
+            NativeOp::Lock(LockOp::ForceRelease(force)) => self.may_end(lock(&force.name), force.token.0),
+            NativeOp::Election(ElectionOp::Resign(resign)) => {
+                self.may_end(election(), resign.token.0);
+                *self.resigned.entry(resign.token.0).or_default() += 1;
+                self.standing.named(resign.to);
+            }
+            NativeOp::Registry(RegistryOp::Register(register)) => {
+                self.may_end(instance(&register.instance), register.replaces.0);
+                self.rights.asked(instance(&register.instance), register.spec.session);
+            }
+            NativeOp::Registry(RegistryOp::Deregister(of)) => self.may_end(instance(&of.instance), of.token.0),
+            NativeOp::Idempotency(op) => {
+                let once = self.once.entry(op.name().key.clone()).or_default();
+                match op {
+                    IdempotencyOp::Begin(begin) => once.stays = !begin.takeover,
+                    IdempotencyOp::Fail(AttemptFail { attempt, .. })
+                    | IdempotencyOp::Reconcile(AttemptReconcile { attempt, .. }) => drop(once.freed.insert(attempt.0)),
+                    _ => {}
+                }
+            }
+            _ => {}
         }
     }
 
-    /// What any member holds at any time.
-    pub fn look(machine: &Machine) -> Result<(), String> {
-        for (name, pool) in machine.objects::<Pool>(NamespaceId::DEFAULT, b"", None, 10) {
-            if pool.held + pool.confirmed > pool.capacity {
-                return Err(format!("pool {} has given more than it has: {pool:?}", name.escape_ascii()));
-            }
+    fn may_end(&mut self, thing: Thing, token: u64) {
+        if thing.0 == LOCK {
+            self.standing.may_end(&thing.1, token);
         }
-        Ok(())
+        self.rights.may_end(thing, token, self.step);
+    }
+
+    /// It may have been done, or may still be.
+    pub fn unknown(&mut self, op: &NativeOp) {
+        match op {
+            NativeOp::Counter(CounterOp::Add(add)) => {
+                self.counters.entry(add.name.clone()).or_default().unknown += 1;
+            }
+            NativeOp::Config(op) => self.versions.unknown(op),
+            NativeOp::Idempotency(op) => self.once.entry(op.name().key.clone()).or_default().unknown = true,
+            NativeOp::Reservation(ReservationOp::Confirm(hold)) => {
+                let parts = self.pools.entry(hold.pool.clone()).or_default();
+                parts.unknown_confirmed += parts.granted.get(&hold.id).map_or(0, |part| part.quantity);
+            }
+            NativeOp::Reservation(ReservationOp::Return(amount)) => {
+                self.pools.entry(amount.pool.clone()).or_default().unknown_returned += amount.quantity;
+            }
+            _ => {}
+        }
+    }
+
+    /// It was refused, and nothing was done.
+    pub fn refused(&mut self, op: &NativeOp, why: &Rejection) {
+        if let NativeOp::Idempotency(IdempotencyOp::Complete(complete)) = op
+            && let Rejection::Refused(refusal) = why
+            && refusal.code == RefusalCode::Fenced
+        {
+            let once = self.once.entry(complete.name.key.clone()).or_default();
+            once.refused.push((complete.attempt.0, complete.result.clone()));
+        }
+    }
+
+    /// A write that this lock guards was done.
+    pub fn guarded(&mut self, name: &[u8], token: Revision, at: u64) {
+        self.rights.acted(lock(name), token.0, at, "a guarded write");
+    }
+
+    /// A member was seen at this revision without the session.
+    pub fn session_over(&mut self, session: SessionId, at: u64) {
+        self.rights.session_over(session, at, self.step);
+    }
+
+    /// What any member holds at any time.
+    pub fn look(&mut self, machine: &Machine) -> Result<(), String> {
+        self.standing.look(machine)?;
+        self.versions.look(machine)
     }
 
     /// What a member holds that has applied everything.
@@ -100,7 +216,121 @@ impl Primitives {
                 ));
             }
         }
-        self.groups_in_order()
+        self.groups_in_order()?;
+        self.rights.check()?;
+        self.versions.finish(machine)?;
+        self.once.iter().try_for_each(|(key, once)| check_refused(key, once))?;
+        for (token, at, session) in self.named.iter().filter(|(token, ..)| self.resigned.get(token) == Some(&1)) {
+            if self.standing.leaders.get(at).is_some_and(|leader| leader != session) {
+                let leaders = &self.standing.leaders;
+                return Err(format!("session {session} was to lead under {at} after {token}: {leaders:?}"));
+            }
+        }
+        for (name, parts) in &self.pools {
+            let pool = machine.object::<Pool>(NamespaceId::DEFAULT, name.as_bytes());
+            parts.check(name, pool.map_or(0, |pool| pool.confirmed))?;
+        }
+        Ok(())
+    }
+
+    // ---- Locks, elections, instances ----
+
+    fn lock(&mut self, call: u64, op: &LockOp, reply: &LockReply, at: u64) -> Result<(), String> {
+        match (op, reply) {
+            (LockOp::Acquire(ask), LockReply::Granted(granted)) => granted.locks.iter().try_for_each(|part| {
+                let owner = ask.owner.to_vec();
+                let (session, mode, slots, heard) = (granted.session, part.mode, part.slots.clone(), self.step);
+                let grant = Grant { call, session, owner, mode, slots, heard };
+                self.rights.granted(lock(&part.name), granted.token.0, grant)
+            }),
+            (LockOp::Release(release), LockReply::Released(depth)) => {
+                self.given_back(&release.name, release.token, *depth == 0, at);
+                Ok(())
+            }
+            (LockOp::ForceRelease(force), LockReply::ForceReleased(1..)) => {
+                self.rights.taken(lock(&force.name), force.token.0, at);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A release was accepted.
+    pub fn given_back(&mut self, name: &[u8], token: Revision, whole: bool, at: u64) {
+        if whole {
+            self.rights.ended(lock(name), token.0, at);
+        } else {
+            self.rights.acted(lock(name), token.0, at, "a release");
+        }
+    }
+
+    /// What only one has at a time.
+    fn alone(&self, call: u64, session: SessionId) -> Grant {
+        let (owner, slots) = Default::default();
+        Grant { call, session, owner, mode: HoldMode::Exclusive, slots, heard: self.step }
+    }
+
+    fn election(&mut self, call: u64, op: &ElectionOp, reply: &ElectionReply, at: u64) -> Result<(), String> {
+        match (op, reply) {
+            (ElectionOp::Campaign(_), ElectionReply::Elected(elected)) => {
+                self.rights.granted(election(), elected.token.0, self.alone(call, elected.session))
+            }
+            (ElectionOp::Proclaim(proclaim), ElectionReply::Proclaimed(_)) => {
+                self.rights.acted(election(), proclaim.token.0, at, "a proclamation");
+                Ok(())
+            }
+            (ElectionOp::Resign(resign), ElectionReply::Resigned) => {
+                self.rights.ended(election(), resign.token.0, at);
+                if resign.to != SessionId(0) {
+                    self.named.push((resign.token.0, at, resign.to));
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn registry(&mut self, call: u64, op: &RegistryOp, reply: &RegistryReply, at: u64) -> Result<(), String> {
+        match (op, reply) {
+            (RegistryOp::Register(register), RegistryReply::Registered(registration)) => {
+                let grant = self.alone(call, register.spec.session);
+                self.rights.granted(instance(&register.instance), registration.token.0, grant)
+            }
+            (RegistryOp::Heartbeat(Heartbeat { of, .. }) | RegistryOp::Drain(Drain { of, .. }), _) => {
+                self.rights.acted(instance(&of.instance), of.token.0, at, "a word about an instance");
+                Ok(())
+            }
+            (RegistryOp::Deregister(of), RegistryReply::Deregistered(true)) => {
+                self.rights.ended(instance(&of.instance), of.token.0, at);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    // ---- Pools ----
+
+    fn pool(&mut self, call: u64, op: &ReservationOp, reply: &ReservationReply) -> Result<(), String> {
+        match (op, reply) {
+            (ReservationOp::Reserve(reserve), ReservationReply::Held(held)) => {
+                let parts = self.pools.entry(reserve.pool.clone()).or_default();
+                parts.grant(&reserve.pool, held, call)
+            }
+            (ReservationOp::Confirm(hold) | ReservationOp::Cancel(hold), ReservationReply::Hold(after)) => {
+                let parts = self.pools.entry(hold.pool.clone()).or_default();
+                let Some(part) = parts.granted.get_mut(&hold.id) else { return Ok(()) };
+                let known = part.became.replace(after.state);
+                if known.is_some_and(|known| known != after.state) || part.token != hold.token.0 {
+                    return Err(format!("of pool {} {hold:?} became {known:?} and {part:?}", hold.pool));
+                }
+                Ok(())
+            }
+            (ReservationOp::Return(amount), _) => {
+                self.pools.entry(amount.pool.clone()).or_default().returned += amount.quantity;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     // ---- Counters ----
@@ -209,7 +439,19 @@ impl Primitives {
     // ---- Markers ----
 
     fn marker(&mut self, call: u64, op: &MarkerOp, reply: &MarkerReply, at: u64) -> Result<(), String> {
-        let (MarkerOp::Once(once), MarkerReply::Marked(_)) = (op, reply) else { return Ok(()) };
+        let MarkerOp::Once(once) = op else { return Ok(()) };
+        let (by, token) = match reply {
+            MarkerReply::Marked(marked) => (&once.by, marked.token.0),
+            MarkerReply::AlreadyDone(done) => (&done.by, done.token.0),
+            _ => return Ok(()),
+        };
+        let known = self.told.entry(once.name.clone()).or_insert((by.clone(), token));
+        if (&known.0, known.1) != (by, token) {
+            return Err(format!("marker {} was put by {known:?} and by {by} under {token}", once.name));
+        }
+        if let MarkerReply::AlreadyDone(_) = reply {
+            return Ok(());
+        }
         match self.marked.insert(once.name.clone(), (call, at)) {
             Some(before) if before != (call, at) => {
                 Err(format!("marker {} was put by {before:?} and by {:?}", once.name, (call, at)))
@@ -252,8 +494,64 @@ impl Primitives {
     }
 }
 
+const LOCK: &str = "lock";
+
+fn lock(name: &[u8]) -> Thing {
+    (LOCK, name.to_vec())
+}
+
+fn election() -> Thing {
+    ("election", ELECTION.to_vec())
+}
+
+fn instance(id: &str) -> Thing {
+    ("instance", format!("{SERVICE}/{id}").into_bytes())
+}
+
+impl Parts {
+    fn grant(&mut self, pool: &str, held: &Held, call: u64) -> Result<(), String> {
+        let (token, quantity) = (held.token.0, held.quantity);
+        let before = self.granted.range(..held.id).next_back().is_none_or(|(_, part)| part.token <= token);
+        let after = self.granted.range(held.id + 1..).next().is_none_or(|(_, part)| part.token >= token);
+        let part = self.granted.entry(held.id).or_insert(Part { token, call, quantity, became: None });
+        if before && after && (part.token, part.call, part.quantity) == (token, call, quantity) {
+            return Ok(());
+        }
+        Err(format!("hold {} of pool {pool} was granted to call {call}: {held:?}, among {self:?}", held.id))
+    }
+
+    fn check(&self, name: &str, confirmed: u64) -> Result<(), String> {
+        let became = self.granted.values().filter(|part| part.became == Some(HoldState::Confirmed));
+        let acknowledged: u64 = became.map(|part| part.quantity).sum();
+        let least = acknowledged.saturating_sub(self.returned + self.unknown_returned);
+        let most = (acknowledged + self.unknown_confirmed).saturating_sub(self.returned);
+        if (least..=most).contains(&confirmed) {
+            return Ok(());
+        }
+        Err(format!("of pool {name} {confirmed} are confirmed after {self:?}"))
+    }
+}
+
+/// A completion is refused only where something else came of its attempt.
+fn check_refused(key: &str, once: &Once) -> Result<(), String> {
+    for (attempt, result) in &once.refused {
+        let later = once.granted.range(attempt + 1..).next().is_some();
+        let other = once.result.as_ref().is_some_and(|known| (&known.0, known.1) != (result, *attempt));
+        if !later && !other && !once.unknown && !once.freed.contains(attempt) {
+            return Err(format!(
+                "the result of attempt {attempt} of {key} was refused, and nothing had replaced it: {once:?}"
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Attempts are numbered in their order, and none is granted once there is a result.
 fn check_once(key: &str, once: &Once) -> Result<(), String> {
+    let followed = once.granted.keys().rev().skip(1);
+    if let Some(attempt) = followed.clone().find(|attempt| once.stays && !once.freed.contains(attempt)) {
+        return Err(format!("attempt {attempt} of {key} forbade it, and was followed by another one: {once:?}"));
+    }
     let numbers: Vec<u32> = once.granted.values().map(|(number, _)| *number).collect();
     let newest = once.granted.last_key_value().map_or(0, |(token, _)| *token);
     let late = once.result.as_ref().is_some_and(|(_, attempt, _)| newest > *attempt);
@@ -266,6 +564,42 @@ fn check_once(key: &str, once: &Once) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_result_that_is_refused_and_an_attempt_that_is_followed_are_noticed() {
+        let body = ResultBody::Kept(b"one"[..].into());
+        let result = PackedResult::new(&StoredResult { status: 200, headers: Vec::new(), body });
+        let mut once = Once { stays: true, refused: vec![(7, result.clone())], ..Once::default() };
+        once.granted.insert(7, (1, 1));
+        assert!(check_once("k", &once).is_ok());
+        assert!(check_refused("k", &once).is_err());
+        once.result = Some((result, 7, 9));
+        assert!(check_refused("k", &once).is_err(), "it was taken");
+        once.granted.insert(11, (2, 2));
+        assert!(check_refused("k", &once).is_ok(), "another has followed");
+        once.result = None;
+        assert!(check_once("k", &once).is_err(), "which it forbids");
+        once.freed.insert(7);
+        assert!(check_once("k", &once).is_ok());
+    }
+
+    #[test]
+    fn a_part_that_is_confirmed_and_cancelled_is_noticed() {
+        let pool = Pool { capacity: 5, held: 0, confirmed: 0, granted: 1, created: Revision(1) };
+        let (id, token, quantity) = (1, Revision(3), 2);
+        let held = Held { id, token, quantity, hold_ms: 1_000, waited_ms: 0, pool };
+        let hold = || HoldRef { pool: "p".into(), id, token };
+        let after = |state| ReservationReply::Hold(HoldAfter { id, state, quantity, left_ms: 0, pool });
+        let mut parts = Parts::default();
+        parts.grant("p", &held, 1).unwrap();
+        assert!(parts.grant("p", &held, 2).is_err(), "one part, two hands");
+        let mut all = Primitives { pools: [("p".into(), parts)].into(), ..Primitives::default() };
+        all.pool(1, &ReservationOp::Confirm(hold()), &after(HoldState::Confirmed)).unwrap();
+        assert!(all.pools["p"].check("p", 2).is_ok());
+        assert!(all.pools["p"].check("p", 0).is_err(), "it was lost");
+        assert!(all.pools["p"].check("p", 4).is_err(), "it was confirmed twice");
+        assert!(all.pool(1, &ReservationOp::Cancel(hold()), &after(HoldState::Cancelled)).is_err());
+    }
 
     #[test]
     fn numbers_given_twice_and_lost_additions_are_noticed() {

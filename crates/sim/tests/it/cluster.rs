@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::panic::catch_unwind;
 use tenure_replica::Sabotage;
-use tenure_sim::cluster::{Bug, Options, run};
+use tenure_sim::cluster::{Bug, NativeBug, Options, run};
 use tenure_sim::disk::Lie;
 
 /// The first complaint among some seeds about a cluster that has this bug must say one of these words.
@@ -65,7 +65,7 @@ fn a_renewal_answered_at_once() {
 
 #[test]
 fn a_folder_that_comes_back_refilled() {
-    inside(Sabotage::ForgetStorage, 0..120, &["out of range", "gave", "instead of"]);
+    inside(Sabotage::ForgetStorage, 0..200, &["out of range", "gave", "instead of", "is led by"]);
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_second_holder() {
 
 #[test]
 fn another_answer_to_a_retry() {
-    caught(Bug::WrongReplay, 0..60, &["was acknowledged at", "was answered"]);
+    caught(Bug::WrongReplay, 0..60, &["was acknowledged at", "was answered", "had been told"]);
 }
 
 #[test]
@@ -108,12 +108,69 @@ fn a_clock_that_runs_fast() {
 
 #[test]
 fn logs_that_are_cut() {
-    caught(Bug::CutLogs, 0..60, &["older than what", "gave", "instead of"]);
+    caught(Bug::CutLogs, 0..60, &["older than what", "gave", "instead of", "is refused"]);
 }
 
 #[test]
 fn disks_that_do_not_sync() {
     caught(Bug::Disk(Lie::Sync), 0..60, &["is refused", "gave", "older than what"]);
+}
+
+fn native(bug: NativeBug, words: &[&str]) {
+    caught(Bug::Native(bug), 0..300, words);
+}
+
+#[test]
+fn a_door_that_knows_a_newer_token_of_a_lock() {
+    native(NativeBug::NewestToken, &["a guarded write of lock"]);
+}
+
+#[test]
+fn a_door_that_knows_a_newer_leader() {
+    native(NativeBug::NewestLeader, &["a proclamation of election"]);
+}
+
+#[test]
+fn a_door_that_knows_a_newer_instance() {
+    native(NativeBug::NewestInstance, &["a word about an instance of instance"]);
+}
+
+#[test]
+fn permits_without_places() {
+    native(
+        NativeBug::SlotsByCount,
+        &["of lock permits went to", "which nobody had ended", "a guarded write of lock permits"],
+    );
+}
+
+#[test]
+fn a_reader_beside_a_writer() {
+    native(NativeBug::ReaderBeside, &["of lock rw went to", "which nobody had ended", "a guarded write of lock rw"]);
+}
+
+#[test]
+fn a_publication_on_whatever_there_is() {
+    native(NativeBug::PublishAnyway, &["and expected version"]);
+}
+
+#[test]
+fn a_lead_that_goes_to_somebody_else() {
+    native(NativeBug::ResignToAnybody, &["was to lead under"]);
+}
+
+#[test]
+fn markers_that_a_jump_of_the_clock_clears_away() {
+    native(NativeBug::SweepByWall, &["was put by"]);
+}
+
+#[test]
+fn a_late_result_that_is_refused() {
+    native(NativeBug::RefuseResults, &["was refused, and nothing had replaced it"]);
+}
+
+#[test]
+fn a_confirmed_part_that_is_cancelled() {
+    native(NativeBug::CancelConfirmed, &["became"]);
 }
 
 #[test]
