@@ -4,10 +4,14 @@
 use crate::apply::{Commit, Machine};
 use crate::coded::{coded_enum, coded_struct};
 use crate::command::{Op, Txn, Wait};
+use crate::configs::ConfigOp;
+use crate::counters::CounterOp;
 use crate::elections::{CampaignWait, ElectionOp, ElectionReply};
 use crate::idempotency::IdempotencyOp;
 use crate::lock_ops::{LockOp, LockReply};
+use crate::markers::MarkerOp;
 use crate::queues::QueueOp;
+use crate::registry::RegistryOp;
 use crate::reply::{OpReply, Rejection};
 use crate::reservations::ReservationOp;
 use crate::types::SessionId;
@@ -115,6 +119,25 @@ impl Txn {
 }
 
 impl NativeOp {
+    /// Whether it ends or keeps what is there already, which must go on when there is hardly room for anything new.
+    pub fn only_settles(&self) -> bool {
+        match self {
+            Self::Lock(op) => matches!(op, LockOp::Release(_) | LockOp::ForceRelease(_)),
+            Self::Election(op) => matches!(op, ElectionOp::Resign(_) | ElectionOp::Withdraw(_)),
+            Self::Queue(op) => {
+                !matches!(op, QueueOp::Enqueue(_) | QueueOp::Receive(_) | QueueOp::Redrive(_) | QueueOp::Configure(_))
+            }
+            Self::Idempotency(op) => !matches!(op, IdempotencyOp::Begin(_) | IdempotencyOp::Checkpoint(_)),
+            Self::Marker(op) => matches!(op, MarkerOp::Confirm(_) | MarkerOp::Release(_) | MarkerOp::Delete(_)),
+            Self::Reservation(op) => !matches!(op, ReservationOp::Create(_) | ReservationOp::Reserve(_)),
+            Self::Registry(op) => matches!(op, RegistryOp::Deregister(_)),
+            Self::Counter(op) => matches!(op, CounterOp::Delete(_)),
+            Self::Config(op) => matches!(op, ConfigOp::Delete(_) | ConfigOp::Purge(_)),
+            Self::Condition(_) => true,
+            Self::Schedule(_) => false,
+        }
+    }
+
     fn may_wait(&self) -> bool {
         match self {
             Self::Lock(LockOp::Acquire(ask)) => ask.wait != Wait::None,

@@ -1739,18 +1739,17 @@ fn ops_weight(ops: &[Op]) -> usize {
     weights.sum()
 }
 
-/// Whether nothing in it can grow the state: such requests pass while the disk is nearly full.
+/// Whether nothing in it begins anything: such requests pass while the disk is nearly full.
 fn only_frees(txn: &Txn) -> bool {
-    txn.then.iter().chain(&txn.otherwise).all(|op| {
-        matches!(
-            op,
-            Op::Delete(_)
-                | Op::Range(_)
-                | Op::Compact { .. }
-                | Op::SessionEnd { .. }
-                | Op::LockRelease { .. }
-                | Op::LockCancel { .. }
-        )
+    txn.then.iter().chain(&txn.otherwise).all(|op| match op {
+        Op::Delete(_)
+        | Op::Range(_)
+        | Op::Compact { .. }
+        | Op::SessionEnd { .. }
+        | Op::LockRelease { .. }
+        | Op::LockCancel { .. } => true,
+        Op::Native(op) => op.only_settles(),
+        _ => false,
     })
 }
 

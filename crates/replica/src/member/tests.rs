@@ -2,8 +2,8 @@ use super::*;
 use crate::disk::MemoryDisk;
 use crate::job::run_job;
 use tenure_machine::{
-    Key, LockAcquire, LockMode, NamespaceId, OnExpire, OpReply, Put, Reply, SessionCreate, SessionFace, Space, Span,
-    Wait,
+    CounterAdd, CounterOp, JobId, Key, LockAcquire, LockMode, LockOp, LockRelease, NamespaceId, OnExpire, OpReply, Put,
+    QueueOp, Receipt, Reply, Revision, SessionCreate, SessionFace, SessionId, Space, Span, Wait,
 };
 
 /// A member, its folder, its clock, and a worker that runs jobs when told.
@@ -501,6 +501,14 @@ fn a_full_disk_refuses_growth_before_the_log_fails_and_recovers_by_itself() {
     rig.disk.set_capacity(3 << 19);
     rig.pass(DISK_EVERY_MS);
     assert_eq!(rig.member.submit(put("l", b"v")), Err(Refusal::DiskFull));
+    // Work that is under way can be ended.
+    let receipt = || Receipt { id: JobId { revision: 1, index: 0 }, token: Revision(1) };
+    let release =
+        LockRelease { name: b"l".as_slice().into(), session: SessionId(1), token: Revision(1), owner: Box::default() };
+    assert!(only_frees(&Txn::of(QueueOp::Release(receipt()).into())));
+    assert!(only_frees(&Txn::of(LockOp::Release(release).into())));
+    let add = CounterAdd { name: b"c".as_slice().into(), delta: 1, min: None, max: None };
+    assert!(!only_frees(&Txn::of(CounterOp::Add(add).into())));
     assert!(rig.member.status().alarms.iter().any(|a| matches!(a, Alarm::DiskFull { .. })));
     rig.disk.set_capacity(1 << 30);
     rig.pass(DISK_EVERY_MS);
