@@ -467,19 +467,13 @@ impl Txn {
     ///
     /// Over what the caller asked for alone: what the server adds anew at each try, such as the time that it shows, is not part of the request.
     pub fn digest(&self) -> [u8; 16] {
-        if let [Op::Native(op)] = &self.then[..]
-            && let Some(asked) = op.as_asked()
-        {
-            return Self { then: vec![Op::Native(Box::new(asked))], ..self.clone() }.digest_as_it_is();
-        }
-        self.digest_as_it_is()
-    }
-
-    fn digest_as_it_is(&self) -> [u8; 16] {
         let mut b = Vec::with_capacity(self.size_hint());
-        match crate::queues::without_delays_of_moments(self) {
-            Some(same) => same.write_body(&mut b),
-            None => self.write_body(&mut b),
+        if self.then.iter().chain(&self.otherwise).any(has_additions) {
+            let mut asked = self.clone();
+            asked.then.iter_mut().chain(&mut asked.otherwise).for_each(forget_additions);
+            asked.write_body(&mut b);
+        } else {
+            self.write_body(&mut b);
         }
         digest(&b)
     }
@@ -500,6 +494,22 @@ fn ops_depth(ops: &[Op]) -> usize {
         _ => 0,
     });
     nested.max().unwrap_or(0)
+}
+
+fn has_additions(op: &Op) -> bool {
+    match op {
+        Op::Native(op) => op.has_additions(),
+        Op::Txn(sub) => sub.then.iter().chain(&sub.otherwise).any(has_additions),
+        _ => false,
+    }
+}
+
+fn forget_additions(op: &mut Op) {
+    match op {
+        Op::Native(op) => op.forget_additions(),
+        Op::Txn(sub) => sub.then.iter_mut().chain(&mut sub.otherwise).for_each(forget_additions),
+        _ => {}
+    }
 }
 
 fn op_size_hint(op: &Op) -> usize {

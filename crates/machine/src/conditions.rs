@@ -8,12 +8,14 @@
 use crate::apply::{Commit, Machine, invalid};
 use crate::coded::{coded_enum, coded_struct};
 use crate::command::{Compare, CompareTarget, Op, RequireLock};
+use crate::configs::ConfigAt;
 use crate::counters::Counter;
 use crate::idempotency::RecordName;
 use crate::markers::{Marker, MarkerOp, state_word};
 use crate::native::{NativeOp, Refusal, RefusalCode};
 use crate::queues::Receipt;
 use crate::record::Record;
+use crate::registry::{Health, InstanceRef};
 use crate::reply::{OpReply, Rejection};
 use crate::types::*;
 use crate::waits::Waiter;
@@ -51,6 +53,10 @@ coded_enum! {
         CounterWithin(CounterWithin) = 7,
         /// The election is led under exactly this token.
         Leads(HeldLock) = 8,
+        /// This is the current version of a configuration; zero: there is none.
+        ConfigAt(ConfigAt) = 9,
+        /// The instance is registered, under this token if one is given, and its health is one of these.
+        Registered(RegisteredInstance) = 10,
     }
 }
 
@@ -60,6 +66,15 @@ coded_struct! {
         pub name: Box<[u8]>,
         pub min: i64,
         pub max: i64,
+    }
+}
+
+coded_struct! {
+    /// An instance of a service and how it must be.
+    pub struct RegisteredInstance as "a registered instance" {
+        pub of: InstanceRef,
+        /// Empty: in whatever health.
+        pub health: Vec<Health>,
     }
 }
 
@@ -183,6 +198,8 @@ impl Machine {
                 }
                 Err(not_led(led, leader.map(|leader| (leader.token, leader.session))))
             }
+            Condition::ConfigAt(at) => self.judge_config(namespace, at),
+            Condition::Registered(registered) => self.judge_instance(namespace, &registered.of, &registered.health),
         }
     }
 

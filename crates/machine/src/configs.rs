@@ -11,7 +11,7 @@
 use crate::apply::{Commit, Machine, invalid};
 use crate::codec;
 use crate::coded::{coded_enum, coded_struct};
-use crate::native::{NativeOp, Refusal, RefusalCode};
+use crate::native::{Refusal, RefusalCode};
 use crate::objects::{Lived, ObjectKey, Stored};
 use crate::reply::{OpReply, Rejection};
 use crate::types::*;
@@ -270,17 +270,22 @@ impl ConfigOp {
         None
     }
 
-    /// Without what the server adds anew at each try: such an operation is the same request.
-    pub(crate) fn as_asked(&self) -> Option<NativeOp> {
-        let bare = |note: &ConfigNote| ConfigNote { time_ms: 0, checked_by: 0, ..note.clone() };
-        let op = match self {
-            Self::Publish(publish) => Self::Publish(ConfigPublish { note: bare(&publish.note), ..publish.clone() }),
-            Self::Rollback((note, to)) => Self::Rollback((bare(note), *to)),
-            Self::SetSchema(set) => Self::SetSchema(ConfigSchemaSet { checked: 0, ..set.clone() }),
-            Self::Delete(note) => Self::Delete(bare(note)),
-            Self::Stage(_) | Self::Promote(_) | Self::Abort(_) | Self::Purge(_) => return None,
-        };
-        Some(NativeOp::Config(op))
+    /// Whether the server adds something anew at each try.
+    pub(crate) fn has_additions(&self) -> bool {
+        match self {
+            Self::Publish(_) | Self::Rollback(_) | Self::SetSchema(_) | Self::Delete(_) => true,
+            Self::Stage(_) | Self::Promote(_) | Self::Abort(_) | Self::Purge(_) => false,
+        }
+    }
+
+    pub(crate) fn forget_additions(&mut self) {
+        match self {
+            Self::Publish(ConfigPublish { note, .. }) | Self::Rollback((note, _)) | Self::Delete(note) => {
+                (note.time_ms, note.checked_by) = (0, 0);
+            }
+            Self::SetSchema(set) => set.checked = 0,
+            Self::Stage(_) | Self::Promote(_) | Self::Abort(_) | Self::Purge(_) => {}
+        }
     }
 }
 
@@ -301,6 +306,22 @@ impl Machine {
         let later = self.objects.table.range((Bound::Excluded(from), Bound::Unbounded));
         let ours = later.take_while(|(key, _)| key.as_bytes().starts_with(prefix.as_bytes())).take(max);
         ours.filter_map(|(_, object)| ConfigVersion::of(object)).collect()
+    }
+}
+
+/// What a transaction may ask about configuration.
+impl Machine {
+    /// Refuses with what is there, unless this is the current version.
+    pub(crate) fn judge_config(&self, namespace: NamespaceId, at: &ConfigAt) -> Result<(), Rejection> {
+        let config = self.object::<Config>(namespace, at.key.as_bytes());
+        if config.map_or(0, Config::current_number) == at.version {
+            return Ok(());
+        }
+        let Some(config) = config else {
+            let refusal = Refusal::new(RefusalCode::Conflict, format!("there is no configuration `{}`", at.key));
+            return Err(refusal.fact("name", &at.key).fact("version", 0).into());
+        };
+        Err(unexpected(&at.key, config))
     }
 }
 
@@ -551,14 +572,16 @@ fn check_rollout(rollout: &Rollout) -> Result<(), Rejection> {
 
 fn check_expected(note: &ConfigNote, config: &Config) -> Result<(), Rejection> {
     let current = config.current_number();
-    if note.expect.is_none_or(|expect| expect == current) {
-        return Ok(());
-    }
-    let why = match current {
-        0 => format!("there is no configuration `{}`", note.key),
-        current => format!("`{}` is at version {current}", note.key),
+    if note.expect.is_none_or(|expect| expect == current) { Ok(()) } else { Err(unexpected(&note.key, config)) }
+}
+
+/// It is at another version than whoever asks expects.
+fn unexpected(key: &str, config: &Config) -> Rejection {
+    let why = match config.current_number() {
+        0 => format!("there is no configuration `{key}`"),
+        current => format!("`{key}` is at version {current}"),
     };
-    Err(conflict(&note.key, why, config).into())
+    conflict(key, why, config).into()
 }
 
 fn check_settled(key: &str, config: &Config) -> Result<(), Rejection> {

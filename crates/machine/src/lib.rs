@@ -54,7 +54,9 @@ mod waits;
 pub use apply::{BEHAVIOUR, Fault, LockCounts, Machine, Position};
 pub use codec::{DecodeError, MAX_DEPTH};
 pub use command::*;
-pub use conditions::{Condition, ConditionOp, ConditionReply, CounterWithin, Failed, HeldAttempt, HeldLock};
+pub use conditions::{
+    Condition, ConditionOp, ConditionReply, CounterWithin, Failed, HeldAttempt, HeldLock, RegisteredInstance,
+};
 pub use configs::{
     CONFIG_CONTENT_BYTES_MAX, CONFIG_KEY_BYTES_MAX, CONFIG_NOTES_BYTES_MAX, CONFIG_SCHEMA_BYTES_MAX, Config,
     ConfigAfter, ConfigAt, ConfigCandidate, ConfigNote, ConfigOp, ConfigPublish, ConfigReply, ConfigSchema,

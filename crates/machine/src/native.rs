@@ -97,11 +97,20 @@ impl NativeReply {
 }
 
 impl NativeOp {
-    /// The operation without what the server adds anew at each try; `None`: it is all as the caller asked.
-    pub(crate) fn as_asked(&self) -> Option<Self> {
+    /// Whether the server adds something anew at each try, which is no part of what the caller asked.
+    pub(crate) fn has_additions(&self) -> bool {
         match self {
-            Self::Config(op) => op.as_asked(),
-            _ => None,
+            Self::Config(op) => op.has_additions(),
+            Self::Queue(op) => op.has_additions(),
+            _ => false,
+        }
+    }
+
+    pub(crate) fn forget_additions(&mut self) {
+        match self {
+            Self::Config(op) => op.forget_additions(),
+            Self::Queue(op) => op.forget_additions(),
+            _ => {}
         }
     }
 }

@@ -562,11 +562,7 @@ impl Commit<'_> {
 
     fn existing(&self, of: &InstanceRef) -> Result<(ObjectKey, Instance), Rejection> {
         let (key, found) = self.find_instance(of)?;
-        let missing = || {
-            let why = format!("service `{}` has no instance `{}`", of.service, of.instance);
-            Refusal::new(RefusalCode::NotFound, why).fact("service", &of.service).fact("instance", &of.instance)
-        };
-        Ok((key, found.ok_or_else(missing)?))
+        Ok((key, found.ok_or_else(|| missing(of))?))
     }
 
     fn deregister(&mut self, of: &InstanceRef) -> Result<bool, Rejection> {
@@ -750,6 +746,28 @@ impl Machine {
         self.objects.get(&ObjectKey::of::<Instance>(namespace, &joined(service, id)))
     }
 
+    /// Refuses with what is there, unless it is registered under this token, if one is given, and its health is one of these, if there are any.
+    pub(crate) fn judge_instance(
+        &self,
+        namespace: NamespaceId,
+        of: &InstanceRef,
+        wanted: &[Health],
+    ) -> Result<(), Rejection> {
+        let instance = self.instance(namespace, &of.service, &of.instance).ok_or_else(|| missing(of))?;
+        if of.token != Revision(0) && of.token != instance.token {
+            return Err(fenced(&of.service, &of.instance, of.token, instance.token));
+        }
+        let health = instance.health();
+        if wanted.is_empty() || wanted.contains(&health) {
+            return Ok(());
+        }
+        let word = health_word(health);
+        let why = format!("instance `{}` of service `{}` is {word}", of.instance, of.service);
+        let refusal = Refusal::new(RefusalCode::Conflict, why).fact("service", &of.service);
+        let refusal = refusal.fact("instance", &of.instance).fact("token", instance.token).fact("health", word);
+        Err(refusal.fact("why", &instance.why).into())
+    }
+
     /// Until when the heartbeats of an instance reach.
     pub fn pulse(&self, namespace: NamespaceId, service: &str, id: &str) -> Option<LogTime> {
         let key = ObjectKey::of::<Pulse>(namespace, &joined(service, id));
@@ -926,6 +944,22 @@ fn fenced(service: &str, instance: &str, presented: Revision, current: Revision)
         ),
     };
     Refusal::new(RefusalCode::Fenced, why).fact("presented", presented).fact("token", current).into()
+}
+
+fn missing(of: &InstanceRef) -> Rejection {
+    let why = format!("service `{}` has no instance `{}`", of.service, of.instance);
+    let refusal = Refusal::new(RefusalCode::NotFound, why).fact("service", &of.service);
+    refusal.fact("instance", &of.instance).into()
+}
+
+/// As it is told in facts.
+fn health_word(health: Health) -> &'static str {
+    match health {
+        Health::Passing => "passing",
+        Health::Warning => "warning",
+        Health::Critical => "critical",
+        Health::Draining => "draining",
+    }
 }
 
 fn held_by_other(register: &Register, old: &Instance) -> Rejection {

@@ -460,29 +460,6 @@ coded_enum! {
     }
 }
 
-/// The same transaction as another try would propose it, if a delay in it was made from a moment: a repeated request has another delay.
-pub(crate) fn without_delays_of_moments(txn: &Txn) -> Option<Txn> {
-    let enqueue = |op: &Op| match op {
-        Op::Native(op) => match &**op {
-            NativeOp::Queue(QueueOp::Enqueue(enqueue)) => enqueue.jobs.iter().any(|job| job.run_at_ms.is_some()),
-            _ => false,
-        },
-        _ => false,
-    };
-    if !txn.then.iter().chain(&txn.otherwise).any(enqueue) {
-        return None;
-    }
-    let mut same = txn.clone();
-    for op in same.then.iter_mut().chain(&mut same.otherwise) {
-        if let Op::Native(op) = op
-            && let NativeOp::Queue(QueueOp::Enqueue(enqueue)) = &mut **op
-        {
-            enqueue.jobs.iter_mut().filter(|job| job.run_at_ms.is_some()).for_each(|job| job.delay_ms = 0);
-        }
-    }
-    Some(same)
-}
-
 /// Whose wait a transaction may become: that of a receiver of jobs.
 pub fn waiting_receiver(txn: &Txn) -> Option<&[u8]> {
     let [Op::Native(op)] = &txn.then[..] else { return None };
@@ -508,6 +485,17 @@ impl QueueOp {
             Self::Enqueue(enqueue) => 1024 + enqueue.jobs.iter().map(NewJob::growth).sum::<u64>(),
             Self::Configure(_) => 1024,
             _ => 0,
+        }
+    }
+
+    /// Whether a delay in it was made from a moment: another try has another delay.
+    pub(crate) fn has_additions(&self) -> bool {
+        matches!(self, Self::Enqueue(enqueue) if enqueue.jobs.iter().any(|job| job.run_at_ms.is_some()))
+    }
+
+    pub(crate) fn forget_additions(&mut self) {
+        if let Self::Enqueue(enqueue) = self {
+            enqueue.jobs.iter_mut().filter(|job| job.run_at_ms.is_some()).for_each(|job| job.delay_ms = 0);
         }
     }
 

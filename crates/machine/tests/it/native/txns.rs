@@ -2,8 +2,8 @@
 
 use super::Said;
 use tenure_machine::{
-    Condition, ConditionOp, CounterWithin, HeldAttempt, HeldLock, JobId, Op, Receipt, RecordName, Relation, Revision,
-    SessionId,
+    Condition, ConditionOp, ConfigAt, CounterWithin, Health, HeldAttempt, HeldLock, InstanceRef, JobId, Op, Receipt,
+    RecordName, RegisteredInstance, Relation, Revision, SessionId,
 };
 
 /// `explain` stands first in a second list; `require CONDITION` refuses.
@@ -15,7 +15,8 @@ pub(super) fn op(said: &Said<'_>) -> Option<Op> {
     }
 }
 
-/// `alive:7`, `held:jobs/12`, `absent:type=welcome,user=42`, `attempt:key/3`, `receipt:2-1/3`, `within:stock/1..9`, `leads:e/3`; with `not-` in front it must not be so.
+/// `alive:7`, `held:jobs/12`, `absent:type=welcome,user=42`, `attempt:key/3`, `receipt:2-1/3`, `within:stock/1..9`, `leads:e/3`, `config:app@2`,
+/// `registered:web/a` or `registered:web/a/5` (under this token), `passing:web/a` (or warning); with `not-` in front it must not be so.
 pub(crate) fn condition(word: &str) -> Option<(Relation, Condition)> {
     let (relation, word) = match word.strip_prefix("not-") {
         Some(word) => (Relation::NotEqual, word),
@@ -50,6 +51,22 @@ pub(crate) fn condition(word: &str) -> Option<(Relation, Condition)> {
             let (name, token) = rest.split_once('/').unwrap();
             let token = Revision(token.parse().unwrap());
             Condition::Leads(HeldLock { name: name.as_bytes().into(), token })
+        }
+        "config" => {
+            let (key, version) = rest.split_once('@').unwrap();
+            Condition::ConfigAt(ConfigAt { key: key.into(), version: version.parse().unwrap() })
+        }
+        "registered" => {
+            let mut parts = rest.split('/');
+            let (service, instance) = (parts.next().unwrap().into(), parts.next().unwrap().into());
+            let token = Revision(parts.next().map_or(0, |token| token.parse().unwrap()));
+            let of = InstanceRef { service, instance, token };
+            Condition::Registered(RegisteredInstance { of, health: Vec::new() })
+        }
+        "passing" => {
+            let (service, instance) = rest.split_once('/').unwrap();
+            let of = InstanceRef { service: service.into(), instance: instance.into(), token: Revision(0) };
+            Condition::Registered(RegisteredInstance { of, health: vec![Health::Passing, Health::Warning] })
         }
         _ => return None,
     };
