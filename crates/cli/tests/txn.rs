@@ -74,6 +74,111 @@ fn one_commit_over_the_primitives() {
 }
 
 #[test]
+fn configuration_and_services_in_one_commit() {
+    let server = Server::start(&[]);
+    let register = |instance: &str| {
+        json!({ "service_register": {
+            "service": "web", "instance": instance, "address": "10.0.0.1", "port": 80, "check": { "ttl_ms": "60000" },
+        } })
+    };
+    let publish =
+        |content: &str| json!({ "config_publish": { "key": "web/flags", "content": content, "author": "ann" } });
+    let at = |version: &str| json!({ "config": { "key": "web/flags", "version": version } });
+    let passing = json!({ "registered": { "service": "web", "instance": "a", "health": ["PASSING"] } });
+    let (status, first) =
+        run(&server, &json!({ "compares": [at("0")], "then": [publish("{\"n\": 1}"), register("a")] }));
+    assert_eq!((status, &first["succeeded"]), (200, &json!(true)), "{first}");
+    assert_eq!(first["answers"][0]["config_publish"]["current_version"], "1", "{first}");
+    let token = first["answers"][1]["service_register"]["token"].as_str().unwrap().to_owned();
+    assert_eq!(first["header"]["revision"].as_str(), Some(token.as_str()), "one commit");
+    let second = json!({
+        "compares": [at("1"), passing],
+        "then": [
+            { "txn": { "then": [publish("{\"n\": 2}")] } },
+            register("b"),
+            { "service_drain": { "service": "web", "instance": "a", "token": token } },
+        ],
+        "otherwise": [{ "put": { "key": "lost", "value": "1" } }],
+        "request": { "uuid": "00112233-4455-6677-8899-aabbccddee01" },
+    });
+    let (_, done) = run(&server, &second);
+    assert_eq!(done["answers"][2]["service_drain"]["health"], "DRAINING", "{done}");
+    // The content is looked at again, at another time: it is the same request.
+    assert_eq!(run(&server, &second).1["header"]["replayed"], true);
+    let again = |id: &str| {
+        let mut again = second.clone();
+        again["request"]["uuid"] = json!(format!("00112233-4455-6677-8899-aabbccddee{id}"));
+        again
+    };
+    let (_, lost) = run(&server, &again("02"));
+    assert_eq!((&lost["failed"]["facts"]["version"], &lost["failed"]["facts"]["author"]), (&json!("2"), &json!("ann")));
+    let mut drained = again("03");
+    drained["compares"][0] = at("2");
+    let (_, lost) = run(&server, &drained);
+    assert_eq!((lost["failed"]["index"].as_u64(), &lost["failed"]["facts"]["health"]), (Some(1), &json!("draining")));
+    // As requirements they refuse, with the codes of their primitives.
+    for (fact, status, code) in [
+        (at("1"), 412, "CONFLICT"),
+        (passing.clone(), 412, "CONFLICT"),
+        (json!({ "registered": { "service": "web", "instance": "a", "token": "1" } }), 412, "FENCED"),
+        (json!({ "registered": { "service": "web", "instance": "z" } }), 404, "NOT_FOUND"),
+    ] {
+        let (got, refused) =
+            run(&server, &json!({ "requires": [fact], "then": [{ "put": { "key": "lost", "value": "1" } }] }));
+        assert_eq!((got, refused["code"].as_str()), (status, Some(code)), "{fact}: {refused}");
+    }
+    // A content that its schema refuses drops the whole, wherever it stands.
+    let schema = json!({ "key": "web/flags", "schema": "{\"properties\": {\"n\": {\"maximum\": 5}}}" });
+    assert_eq!(server.post("/v1/configs:set-schema", schema.to_string()).status, 200);
+    let bad = json!({ "then": [{ "put": { "key": "lost", "value": "1" } }, publish("{\"n\": 6}")] });
+    let (status, refused) = run(&server, &bad);
+    assert_eq!(
+        (status, refused["code"].as_str(), &refused["facts"]["at"]),
+        (400, Some("INVALID"), &json!("/n")),
+        "{refused}"
+    );
+    // A roll-out in steps, back again, and the end of it all.
+    let staged = json!({ "then": [
+        { "config_publish": { "key": "web/flags", "content": "{\"n\": 3}", "rollout": { "share": 1000 } } },
+    ] });
+    assert_eq!(run(&server, &staged).1["answers"][0]["config_publish"]["candidate_version"], "3");
+    let stage = json!({ "config_stage": { "key": "web/flags", "version": "3", "rollout": { "share": 5000 } } });
+    let promote = json!({ "config_promote": { "key": "web/flags", "version": "3" } });
+    let back = json!({ "config_rollback": { "key": "web/flags", "version": "1" } });
+    let (_, moved) = run(&server, &json!({ "then": [stage, promote, back] }));
+    assert_eq!(moved["answers"][2]["config_rollback"]["current_version"], "4", "{moved}");
+    let away = json!({ "then": [
+        { "config_delete": { "key": "web/flags" } },
+        { "service_deregister": { "service": "web", "instance": "a" } },
+        { "service_heartbeat": { "service": "web", "instance": "b" } },
+        { "service_guard": { "service": "web", "percent": 50 } },
+    ] });
+    let (_, gone) = run(&server, &away);
+    assert_eq!(gone["answers"][1]["service_deregister"]["deregistered"], true, "{gone}");
+    assert_eq!(server.get("/v1/configs/web/flags").status, 404);
+    assert_eq!(server.get("/v1/kv/lost").status, 404);
+    // From a shell, over the client.
+    let txn = json!({ "compares": [at("0")], "then": [publish("{\"n\": 5}")] }).to_string();
+    assert!(tenure_fed(&server.address, &["txn"], &txn).out.contains("config_publish"));
+    assert_eq!(tenure_fed(&server.address, &["txn"], &txn).code, 10);
+}
+
+#[test]
+fn waits_stand_alone_and_say_so() {
+    let server = Server::start(&[]);
+    held(&server, "busy");
+    let wait = json!({ "lock_acquire": { "name": "busy", "ttl_ms": "9000", "wait_ms": "1000" } });
+    let receive = json!({ "job_receive": { "queues": ["q"], "wait_ms": "1000" } });
+    for op in [wait, receive] {
+        let (status, refused) = run(&server, &json!({ "then": [{ "put": { "key": "a", "value": "1" } }, op] }));
+        assert_eq!((status, refused["code"].as_str()), (400, Some("INVALID")), "{op}: {refused}");
+        let detail = refused["detail"].as_str().unwrap();
+        assert!(detail.contains("must be the only o") && detail.contains("of its transaction"), "{detail}");
+    }
+    assert_eq!(server.get("/v1/kv/a").status, 404);
+}
+
+#[test]
 fn a_retry_is_answered_and_not_repeated() {
     let server = Server::start(&[]);
     // What is drawn for an operation follows from the request id of the whole.
@@ -106,6 +211,14 @@ fn bad_transactions_change_nothing() {
         json!({ "compares": [{ "key": { "key": "a", "version": "0" }, "not": true }], "then": [put] }),
         json!({ "requires": [{ "key": { "key": "a", "version": "0" } }], "then": [put] }),
         json!({ "requires": [{ "session_alive": {} }], "then": [put] }),
+        json!({ "compares": [{ "config": { "version": "1" } }], "then": [put] }),
+        json!({ "compares": [{ "registered": { "service": "web" } }], "then": [put] }),
+        json!({ "compares": [{ "registered": { "service": "w", "instance": "i", "health": ["HEALTH_UNSPECIFIED"] } }], "then": [put] }),
+        json!({ "then": [put, { "config_publish": { "content": "x" } }] }),
+        json!({ "then": [put, { "config_publish": { "key": "k", "content": "x", "namespace": "default" } }] }),
+        json!({ "then": [put, { "config_set_schema": { "key": "k", "schema": "{}" } }] }),
+        json!({ "then": [put, { "config_stage": { "key": "k", "version": "1" } }] }),
+        json!({ "then": [put, { "service_register": { "service": "w", "instance": "i", "address": "a", "port": 1 } }] }),
         json!({ "then": vec![json!({ "counter_add": { "name": "n", "delta": "1" } }); 129] }),
     ] {
         let (status, refused) = run(&server, &wrong);

@@ -272,6 +272,19 @@ impl Client {
         }
     }
 
+    /// A change that the pipeline does not take, since it looks at the state first. Tries under one request id are one change.
+    pub(crate) async fn write<T, F, Fut>(&self, what: &'static str, ask: F) -> Result<T, Error>
+    where
+        F: FnMut(Channel) -> Fut,
+        Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    {
+        self.read(ask).await.map_err(|error| match error {
+            // Some try may have been sent.
+            Error::Unavailable { why } => Error::Unknown { request: what, why },
+            error => error,
+        })
+    }
+
     pub(crate) fn locks(&self, channel: Channel) -> v1::locks_client::LocksClient<Channel> {
         v1::locks_client::LocksClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
     }

@@ -184,7 +184,7 @@ impl<'a> PublishConfig<'a> {
     async fn run(mut self) -> Result<ConfigChange, Error> {
         self.request.request = Some(one_shot()?);
         let request = self.request;
-        let reply = self.client.config_write("publish config", |channel| {
+        let reply = self.client.write("publish config", |channel| {
             let (mut configs, request) = (configs(channel), request.clone());
             async move { configs.publish(request).await }
         });
@@ -240,7 +240,7 @@ impl Client {
             namespace: self.namespace(),
             request: Some(one_shot()?),
         };
-        let reply = self.config_write("roll config back", |channel| {
+        let reply = self.write("roll config back", |channel| {
             let (mut configs, request) = (configs(channel), request.clone());
             async move { configs.rollback(request).await }
         });
@@ -258,7 +258,7 @@ impl Client {
     ) -> Result<ConfigChange, Error> {
         let (key, schema, namespace, id) = (key.into(), schema.into(), self.namespace(), one_shot()?);
         let request = v1::ConfigSetSchemaRequest { key, schema, expect_schema: None, namespace, request: Some(id) };
-        let reply = self.config_write("set schema", |channel| {
+        let reply = self.write("set schema", |channel| {
             let (mut configs, request) = (configs(channel), request.clone());
             async move { configs.set_schema(request).await }
         });
@@ -326,11 +326,9 @@ impl Client {
             request: Some(one_shot()?),
             ..Default::default()
         };
-        let reply = self.config_write("delete config", |channel| {
-            let (mut configs, request) = (configs(channel), request.clone());
-            async move { configs.delete(request).await }
-        });
-        reply.await.map(ConfigChange::from)
+        let plan = self.plan("delete config", true);
+        let reply: v1::ConfigChangeReply = self.unary(plan, "/tenure.v1.Configs/Delete", &request).await?;
+        Ok(reply.into())
     }
 
     /// Reads what an instance is given of a key, or one version of it; `None` if there is none.
@@ -443,19 +441,6 @@ impl Client {
     pub fn watch_config(&self, key: impl Into<String>) -> WatchConfig {
         let request = v1::ConfigWatchRequest { key: key.into(), namespace: self.namespace(), ..Default::default() };
         WatchConfig { client: self.clone(), request }
-    }
-
-    /// A change that the pipeline does not take, since it looks at the state first. Tries under one request id are one change.
-    async fn config_write<T, F, Fut>(&self, what: &'static str, ask: F) -> Result<T, Error>
-    where
-        F: FnMut(Channel) -> Fut,
-        Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-    {
-        self.read(ask).await.map_err(|error| match error {
-            // Some try may have been sent.
-            Error::Unavailable { why } => Error::Unknown { request: what, why },
-            error => error,
-        })
     }
 }
 

@@ -17,6 +17,7 @@ use crate::client::{Client, RequestId, mismatched, one_shot};
 use crate::error::Error;
 use crate::kv::{Answering, Compare, LockProof, Op, RangeReply, Record};
 use crate::once::{Claim, Marker, MarkerName, OnceMark};
+use crate::pipeline::RECEIVE_BYTES;
 use crate::session::Session;
 
 const PATH: &str = "/tenure.v1.Txns/Run";
@@ -60,8 +61,29 @@ impl Client {
         if request.request.is_none() {
             request.request = Some(one_shot()?);
         }
-        let reply: v1::TxnRunReply = self.unary(self.plan("transaction", true), PATH, &request).await?;
-        Ok(reply.encode_to_vec())
+        Ok(self.send(request).await?.encode_to_vec())
+    }
+
+    async fn send(&self, request: v1::TxnRunRequest) -> Result<v1::TxnRunReply, Error> {
+        if !request.then.iter().chain(&request.otherwise).any(looks_first) {
+            return self.unary(self.plan("transaction", true), PATH, &request).await;
+        }
+        let reply = self.write("transaction", |channel| {
+            let mut txns = v1::txns_client::TxnsClient::new(channel).max_decoding_message_size(RECEIVE_BYTES);
+            let request = request.clone();
+            async move { txns.run(request).await }
+        });
+        reply.await
+    }
+}
+
+/// Whether the server looks at the state before it plans this, which a pipeline does not wait for.
+fn looks_first(op: &v1::TxnOp) -> bool {
+    match &op.op {
+        Some(Asked::ConfigPublish(_) | Asked::ConfigRollback(_)) => true,
+        Some(Asked::Txn(body)) => body.then.iter().chain(&body.otherwise).any(looks_first),
+        Some(Asked::Once(once)) => once.ops.iter().any(looks_first),
+        _ => false,
     }
 }
 
@@ -318,8 +340,7 @@ impl Transaction<'_> {
         let named = under.as_ref().and_then(Session::next_request);
         let own = if named.is_none() { Some(client.request_id()?) } else { None };
         request.request = named.as_ref().map(|named| named.meta()).or_else(|| own.as_ref().map(RequestId::meta));
-        let plan = client.plan("transaction", true);
-        let reply: v1::TxnRunReply = client.unary(plan, PATH, &request).await?;
+        let reply = client.send(request).await?;
         let header = reply.header.unwrap_or_default();
         let body = v1::TxnBodyReply { succeeded: reply.succeeded, answers: reply.answers, failed: reply.failed };
         Ok(TransactionReply { revision: header.revision, replayed: header.replayed, ..answered(body)? })

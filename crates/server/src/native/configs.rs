@@ -17,12 +17,13 @@ use sha2::{Digest as _, Sha256};
 use tenure_machine::{
     CONFIG_CONTENT_BYTES_MAX, CONFIG_KEY_BYTES_MAX, CONFIG_NOTES_BYTES_MAX, CONFIG_SCHEMA_BYTES_MAX, Config,
     ConfigAfter, ConfigAt, ConfigNote, ConfigOp, ConfigPublish, ConfigReply, ConfigSchemaSet, ConfigStage,
-    ConfigVersion, NamespaceId, NativeReply, Object, OpReply, ROLLOUT_ALL, ROLLOUT_LABEL_BYTES_MAX, ROLLOUT_LABELS_MAX,
-    Revision, Rollout, Stored, Txn,
+    ConfigVersion, NamespaceId, NativeReply, Object, Op, OpReply, ROLLOUT_ALL, ROLLOUT_LABEL_BYTES_MAX,
+    ROLLOUT_LABELS_MAX, Revision, Rollout, Stored, Txn,
 };
 use tenure_wire::Spaced;
 use tenure_wire::tenure::v1;
 use v1::config_watch_reply::Type;
+use v1::txn_op::Op as Asked;
 
 use super::sessions::{page_limit, query};
 use super::{
@@ -46,7 +47,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     checked(router, context, "/tenure.v1.Configs/Publish", publish);
     checked(router, context, "/tenure.v1.Configs/Rollback", rollback);
     checked(router, context, "/tenure.v1.Configs/SetSchema", set_schema);
-    checked(router, context, "/tenure.v1.Configs/Delete", delete);
+    change(router, context, "/tenure.v1.Configs/Delete", plan_delete, |_, _, changed| after(changed));
     change(router, context, "/tenure.v1.Configs/Stage", plan_stage, |_, _, changed| after(changed));
     change(router, context, "/tenure.v1.Configs/Promote", plan_promote, |_, _, changed| after(changed));
     change(router, context, "/tenure.v1.Configs/Abort", plan_abort, |_, _, changed| after(changed));
@@ -73,16 +74,45 @@ where
             super::check_size(&context, message.len())?;
             let request = decoded(message).map_err(refusal)?;
             let txn = plan(context.clone(), Caller::of(&call), request).await.map_err(refusal)?;
-            let finish: NativeFinish = Box::new(|_, changed| Ok(after(changed)?.encode_to_vec().into()));
-            super::run(&context, Plan::Write(txn, Finish::Native(finish))).await
+            super::run(&context, Plan::Write(txn, finish())).await
         }
     });
 }
 
+/// Writes the answer to a change.
+fn finish() -> Finish {
+    let finish: NativeFinish = Box::new(|_, changed| Ok(after(changed)?.encode_to_vec().into()));
+    Finish::Native(finish)
+}
+
 // ---- What is asked ----
+
+/// Whether an operation of a transaction looks at the state before it is planned.
+pub(super) fn looks_first(asked: &Asked) -> bool {
+    matches!(asked, Asked::ConfigPublish(_) | Asked::ConfigRollback(_))
+}
+
+/// Such an operation, and what writes its answer.
+pub(super) async fn looked(context: &Context, space: NamespaceId, asked: &Asked) -> Result<(Op, Finish), Refused> {
+    let op = match asked {
+        Asked::ConfigPublish(request) => publish_op(context, space, request).await?,
+        Asked::ConfigRollback(request) => rollback_op(context, space, request).await?,
+        _ => return Err(refuse("op", "this operation looks at nothing first")),
+    };
+    Ok((op.into(), finish()))
+}
 
 async fn publish(context: Context, caller: Caller, request: v1::ConfigPublishRequest) -> Result<Txn, Refused> {
     let namespace = namespace(&request.namespace)?;
+    let op = publish_op(&context, namespace, &request).await?;
+    planned(namespace, request.request.as_ref(), &caller, op)
+}
+
+async fn publish_op(
+    context: &Context,
+    namespace: NamespaceId,
+    request: &v1::ConfigPublishRequest,
+) -> Result<ConfigOp, Refused> {
     let content: Arc<[u8]> = either("content", &request.content, &request.content_bytes)?.into();
     let mut note = note(&request.key, &request.author, &request.comment, request.expect_version)?;
     let rollout = request.rollout.as_ref().map(rollout).transpose()?;
@@ -92,51 +122,53 @@ async fn publish(context: Context, caller: Caller, request: v1::ConfigPublishReq
     if request.media_type.len() > 255 {
         return Err(refuse("media_type", "a media type has at most 255 bytes"));
     }
-    let schema = schema_of(&context, namespace, &request.key).await?;
+    let schema = schema_of(context, namespace, &request.key).await?;
     note.checked_by = check(schema, content.clone(), "content").await?;
-    let publish = ConfigPublish {
-        note,
-        media: request.media_type.into(),
-        digest: Sha256::digest(&content).into(),
-        content,
-        rollout,
-    };
-    planned(namespace, request.request.as_ref(), &caller, ConfigOp::Publish(publish))
+    let (media, digest) = (request.media_type.as_str().into(), Sha256::digest(&content).into());
+    Ok(ConfigOp::Publish(ConfigPublish { note, media, digest, content, rollout }))
 }
 
 async fn rollback(context: Context, caller: Caller, request: v1::ConfigRollbackRequest) -> Result<Txn, Refused> {
     let namespace = namespace(&request.namespace)?;
+    let op = rollback_op(&context, namespace, &request).await?;
+    planned(namespace, request.request.as_ref(), &caller, op)
+}
+
+async fn rollback_op(
+    context: &Context,
+    namespace: NamespaceId,
+    request: &v1::ConfigRollbackRequest,
+) -> Result<ConfigOp, Refused> {
     let mut note = note(&request.key, &request.author, &request.comment, request.expect_version)?;
     if request.version == 0 {
         return Err(refuse("version", "say which version to copy"));
     }
     let (key, number) = (request.key.clone(), request.version);
-    let old = query(&context, false, move |view| {
+    let old = query(context, false, move |view| {
         view.machine.config_version(namespace, &key, number).map(|version| version.content.clone())
     });
     let old = old.await?;
-    let schema = schema_of(&context, namespace, &request.key).await?;
+    let schema = schema_of(context, namespace, &request.key).await?;
     // What is not there is refused by the state machine, in its order.
     let number = schema.as_ref().map_or(0, |(number, _)| *number);
     note.checked_by = match old {
         Some(content) => check(schema, content, "version").await?,
         None => number,
     };
-    planned(namespace, request.request.as_ref(), &caller, ConfigOp::Rollback((note, request.version)))
+    Ok(ConfigOp::Rollback((note, request.version)))
 }
 
-async fn delete(context: Context, caller: Caller, request: v1::ConfigDeleteRequest) -> Result<Txn, Refused> {
+fn plan_delete(_: &Context, caller: &Caller, request: &v1::ConfigDeleteRequest) -> Result<Txn, Refused> {
     let namespace = namespace(&request.namespace)?;
     let note = note(&request.key, &request.author, &request.comment, request.expect_version)?;
-    drop(context);
     if request.purge_version == 0 {
-        return planned(namespace, request.request.as_ref(), &caller, ConfigOp::Delete(note));
+        return planned(namespace, request.request.as_ref(), caller, ConfigOp::Delete(note));
     }
     if note.expect.is_some() || !note.author.is_empty() || !note.comment.is_empty() {
         return Err(refuse("purge_version", "a purge leaves nothing to note on, and expects this version"));
     }
     let at = ConfigAt { key: note.key, version: request.purge_version };
-    planned(namespace, request.request.as_ref(), &caller, ConfigOp::Purge(at))
+    planned(namespace, request.request.as_ref(), caller, ConfigOp::Purge(at))
 }
 
 async fn set_schema(context: Context, caller: Caller, request: v1::ConfigSetSchemaRequest) -> Result<Txn, Refused> {
@@ -189,8 +221,12 @@ fn planned(
 }
 
 fn check_key(key: &str) -> Result<(), Refused> {
+    check_key_of("key", key)
+}
+
+pub(super) fn check_key_of(field: &str, key: &str) -> Result<(), Refused> {
     if key.is_empty() || key.len() > CONFIG_KEY_BYTES_MAX || key.contains('\0') {
-        return Err(refuse("key", format!("a key has 1 to {CONFIG_KEY_BYTES_MAX} bytes, none of them zero")));
+        return Err(refuse(field, format!("a key has 1 to {CONFIG_KEY_BYTES_MAX} bytes, none of them zero")));
     }
     Ok(())
 }

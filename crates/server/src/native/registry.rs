@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tenure_machine::{
     ActiveCheck, Check, Drain, Health, Heartbeat, Instance, InstanceRef, InstanceSpec, Machine, NamespaceId,
-    NativeReply, OpReply, Probe, Register, RegistryChange, RegistryChanged, RegistryOp, RegistryReply, Revision,
-    Service, ServiceGuard, ServiceInfo, Stored, Txn,
+    NativeReply, OpReply, Probe, Register, RegisteredInstance, RegistryChange, RegistryChanged, RegistryOp,
+    RegistryReply, Revision, Service, ServiceGuard, ServiceInfo, Stored, Txn,
 };
 use tenure_wire::tenure::v1;
 use tokio::time::Instant;
@@ -137,6 +137,18 @@ fn planned(space: &str, request: Option<&v1::RequestMeta>, caller: &Caller, op: 
 fn named(service: &str, instance: &str, token: u64) -> Result<InstanceRef, Refused> {
     let (service, instance) = (name("service", service)?, name("instance", instance)?);
     Ok(InstanceRef { service, instance, token: Revision(token) })
+}
+
+/// An instance as a compare of a transaction asks for it.
+pub(super) fn registered(asked: &v1::RegisteredInstance) -> Result<RegisteredInstance, Refused> {
+    let wanted = |health: &i32| {
+        let known = read_health("compares.registered.health", *health)?;
+        known.ok_or_else(|| refuse("compares.registered.health", "there is no such health"))
+    };
+    let service = name("compares.registered.service", &asked.service)?;
+    let instance = name("compares.registered.instance", &asked.instance)?;
+    let of = InstanceRef { service, instance, token: Revision(asked.token) };
+    Ok(RegisteredInstance { of, health: asked.health.iter().map(wanted).collect::<Result<_, _>>()? })
 }
 
 fn name(field: &str, name: &str) -> Result<Box<str>, Refused> {

@@ -3,13 +3,16 @@
 //! Promises. X1: an operation is planned by the very function that plans the call of its name, and its answer is written by the function
 //! that writes that call's answer; so it means the same alone and in a transaction. X2: what is drawn for an operation follows from the request id of the
 //! whole and from its place. X3: the compare that failed first is named, from the moment of the decision.
+//! Not promised. That what publishes configuration can be sent over a pipeline: it looks at the state first, and a pipeline does not wait for that.
 //! Relies on. `change` for the plans of most calls; what is said of the whole is refused in an operation.
+
+use std::collections::VecDeque;
 
 use bytes::Bytes;
 use prost::Message;
 use tenure_machine::{
-    Compare, CompareTarget, Condition, ConditionOp, ConditionReply, CounterWithin, Failed, HeldAttempt, HeldLock,
-    JobId, MarkerOp, NamespaceId, NativeReply, Op, OpReply, Receipt, RecordName, Relation, Reply, RequestId,
+    Compare, CompareTarget, Condition, ConditionOp, ConditionReply, ConfigAt, CounterWithin, Failed, HeldAttempt,
+    HeldLock, JobId, MarkerOp, NamespaceId, NativeReply, Op, OpReply, Receipt, RecordName, Relation, Reply, RequestId,
     RequireLock, Revision, SessionId, Span, SubTxn, Txn, TxnReply,
 };
 use tenure_wire::tenure::v1;
@@ -17,8 +20,8 @@ use tenure_wire::tenure::v1::txn_answer::Answer as Wire;
 use tenure_wire::tenure::v1::txn_op::Op as Asked;
 
 use super::{
-    Caller, Finish, Outcome, Plan, PlanFn, Plans, Refused, check_size, encode_answer, kv, locks, markers, mixed_up,
-    namespace, record, refusal, refuse, request_id, run, session_id, sessions,
+    Caller, Finish, Outcome, Plan, PlanFn, Plans, Refused, check_size, configs, encode_answer, kv, locks, markers,
+    mixed_up, namespace, record, refusal, refuse, registry, request_id, run, session_id, sessions,
 };
 use crate::Context;
 use crate::driver::Written;
@@ -31,25 +34,67 @@ pub(crate) type TxnsFinish = Box<dyn FnOnce(&Context, v1::Header, TxnReply, u64)
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     let plans = std::sync::Arc::new(router.plans.clone());
+    let piped = plans.clone();
     let planned: PlanFn = std::sync::Arc::new(move |context, caller, message| {
-        let request: v1::TxnRunRequest = super::decoded(message)?;
-        plan(context, &plans, caller, &request)
+        plan(context, &piped, caller, &super::decoded(message)?, VecDeque::new())
     });
-    router.plans.insert(PATH, planned.clone());
+    router.plans.insert(PATH, planned);
     let context = context.clone();
     router.unary(PATH, move |call, message| {
-        let (context, planned) = (context.clone(), planned.clone());
+        let (context, plans) = (context.clone(), plans.clone());
         async move {
             check_size(&context, message.len())?;
-            let plan = planned(&context, &Caller::of(&call), message).map_err(refusal)?;
+            let caller = Caller::of(&call);
+            let request: v1::TxnRunRequest = super::decoded(message).map_err(refusal)?;
+            let looked = look_first(&context, &request).await.map_err(refusal)?;
+            let plan = plan(&context, &plans, &caller, &request, looked).map_err(refusal)?;
             run(&context, plan).await
         }
     });
 }
 
-fn plan(context: &Context, plans: &Plans, caller: &Caller, request: &v1::TxnRunRequest) -> Result<Plan, Refused> {
+/// Operations that look at the state before the transaction is planned, in the order in which it names them.
+type Looked = VecDeque<(Op, Finish)>;
+
+async fn look_first(context: &Context, request: &v1::TxnRunRequest) -> Result<Looked, Refused> {
+    let mut found = Vec::new();
+    gather(&request.then, &mut found);
+    gather(&request.otherwise, &mut found);
+    if found.len() > context.settings.max_txn_ops {
+        return Err(refuse("op", format!("a transaction has at most {} operations", context.settings.max_txn_ops)));
+    }
+    let namespace = namespace(&request.namespace)?;
+    let mut looked = Looked::with_capacity(found.len());
+    for asked in found {
+        looked.push_back(configs::looked(context, namespace, asked).await?);
+    }
+    Ok(looked)
+}
+
+fn gather<'a>(ops: &'a [v1::TxnOp], found: &mut Vec<&'a Asked>) {
+    for asked in ops.iter().filter_map(|op| op.op.as_ref()) {
+        match asked {
+            Asked::Txn(body) => {
+                gather(&body.then, found);
+                gather(&body.otherwise, found);
+            }
+            Asked::Once(once) => gather(&once.ops, found),
+            asked if configs::looks_first(asked) => found.push(asked),
+            _ => {}
+        }
+    }
+}
+
+fn plan(
+    context: &Context,
+    plans: &Plans,
+    caller: &Caller,
+    request: &v1::TxnRunRequest,
+    looked: Looked,
+) -> Result<Plan, Refused> {
     let request_id = request_id(request.request.as_ref(), caller)?;
-    let mut planner = Planner { context, plans, namespace: namespace(&request.namespace)?, request_id, place: 0 };
+    let namespace = namespace(&request.namespace)?;
+    let mut planner = Planner { context, plans, namespace, request_id, looked, place: 0 };
     let depth = context.settings.max_txn_ops;
     let mut txn = Txn { namespace: planner.namespace, request: request_id, ..Txn::default() };
     let mut required = Vec::new();
@@ -83,6 +128,7 @@ struct Planner<'a> {
     plans: &'a Plans,
     namespace: NamespaceId,
     request_id: Option<RequestId>,
+    looked: Looked,
     /// How many operations were planned.
     place: u64,
 }
@@ -165,6 +211,15 @@ impl Planner<'_> {
 
     fn call(&mut self, asked: &Asked) -> Result<(Op, Step), Refused> {
         let (path, body) = called(asked)?;
+        if configs::looks_first(asked) {
+            let (op, finish) = self.looked.pop_front().ok_or_else(|| {
+                refuse(
+                    "op",
+                    "what publishes or rolls back configuration looks at its schema first: not over a pipeline",
+                )
+            })?;
+            return Ok((op, Step::Call(path, finish)));
+        }
         let caller = Caller { idempotency_key: self.drawn()?, deadline: None };
         let Plan::Write(mut txn, finish) = self.planned(path, body, &caller)? else {
             return Err(refuse("op", "this operation changes nothing"));
@@ -253,6 +308,11 @@ impl Planner<'_> {
                 min: range.min.unwrap_or(i64::MIN),
                 max: range.max.unwrap_or(i64::MAX),
             }),
+            Fact::Config(at) => {
+                configs::check_key_of("compares.config.key", &at.key)?;
+                Condition::ConfigAt(ConfigAt { key: at.key.as_str().into(), version: at.version })
+            }
+            Fact::Registered(asked) => Condition::Registered(registry::registered(asked)?),
         };
         Ok(condition(about, if check.not { Relation::NotEqual } else { Relation::Equal }))
     }
@@ -430,4 +490,15 @@ calls! {
     ElectionCampaign(CampaignReply) = "/tenure.v1.Elections/Campaign";
     ElectionProclaim(ProclaimReply) = "/tenure.v1.Elections/Proclaim";
     ElectionResign(ResignReply) = "/tenure.v1.Elections/Resign";
+    ConfigPublish(ConfigChangeReply) = "/tenure.v1.Configs/Publish";
+    ConfigRollback(ConfigChangeReply) = "/tenure.v1.Configs/Rollback";
+    ConfigStage(ConfigChangeReply) = "/tenure.v1.Configs/Stage";
+    ConfigPromote(ConfigChangeReply) = "/tenure.v1.Configs/Promote";
+    ConfigAbort(ConfigChangeReply) = "/tenure.v1.Configs/Abort";
+    ConfigDelete(ConfigChangeReply) = "/tenure.v1.Configs/Delete";
+    ServiceRegister(ServiceRegisterReply) = "/tenure.v1.Services/Register";
+    ServiceDeregister(ServiceDeregisterReply) = "/tenure.v1.Services/Deregister";
+    ServiceHeartbeat(ServiceHeartbeatReply) = "/tenure.v1.Services/Heartbeat";
+    ServiceDrain(ServiceDrainReply) = "/tenure.v1.Services/Drain";
+    ServiceGuard(ServiceGuardReply) = "/tenure.v1.Services/Guard";
 }

@@ -8763,8 +8763,8 @@ pub mod pipeline_client {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct TxnRunRequest {
-    /// All of them must hold, or the whole transaction is refused with the code and facts of the primitive: FENCED for a lock,
-    /// SESSION_EXPIRED for a session, CONFLICT for the others.
+    /// All of them must hold, or the whole transaction is refused with the code and facts of the primitive: FENCED for what is under another token,
+    /// SESSION_EXPIRED for a session, NOT_FOUND for an instance that is not there, CONFLICT for the others.
     #[prost(message, repeated, tag = "1")]
     pub requires: ::prost::alloc::vec::Vec<Check>,
     /// All of them must hold for `then` to run; none at all holds.
@@ -8800,7 +8800,7 @@ pub struct Check {
     /// It must not be so. Not for keys, which have a relation of their own.
     #[prost(bool, tag = "31")]
     pub not: bool,
-    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub fact: ::core::option::Option<check::Fact>,
 }
 /// Nested message and enum types in `Check`.
@@ -8831,6 +8831,12 @@ pub mod check {
         /// The election is led under this very token.
         #[prost(message, tag = "8")]
         Leads(super::LedElection),
+        /// This is the current version of a configuration.
+        #[prost(message, tag = "9")]
+        Config(super::ConfigAt),
+        /// The instance of a service is registered, and is as asked for.
+        #[prost(message, tag = "10")]
+        Registered(super::RegisteredInstance),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -8871,6 +8877,29 @@ pub struct LedElection {
     pub name: ::prost::alloc::string::String,
     #[prost(uint64, tag = "2")]
     pub token: u64,
+}
+/// Of a configuration.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigAt {
+    #[prost(string, tag = "1")]
+    pub key: ::prost::alloc::string::String,
+    /// The current version; 0: there is none.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
+}
+/// An instance of a service.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RegisteredInstance {
+    #[prost(string, tag = "1")]
+    pub service: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub instance: ::prost::alloc::string::String,
+    /// Under this token; 0: under whichever.
+    #[prost(uint64, tag = "3")]
+    pub token: u64,
+    /// Its health is one of these; none: whatever it is.
+    #[prost(enumeration = "Health", repeated, tag = "4")]
+    pub health: ::prost::alloc::vec::Vec<i32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CounterRange {
@@ -8945,7 +8974,7 @@ pub struct TxnOnceReply {
 pub struct TxnOp {
     #[prost(
         oneof = "txn_op::Op",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92, 100, 101, 102, 103, 104, 105, 110, 111, 112, 113, 114"
     )]
     pub op: ::core::option::Option<txn_op::Op>,
 }
@@ -9037,6 +9066,29 @@ pub mod txn_op {
         ElectionProclaim(super::ProclaimRequest),
         #[prost(message, tag = "92")]
         ElectionResign(super::ResignRequest),
+        /// A content is checked by the schema in force before the transaction is decided; CONFLICT if that is another one by then.
+        #[prost(message, tag = "100")]
+        ConfigPublish(super::ConfigPublishRequest),
+        #[prost(message, tag = "101")]
+        ConfigRollback(super::ConfigRollbackRequest),
+        #[prost(message, tag = "102")]
+        ConfigStage(super::ConfigStageRequest),
+        #[prost(message, tag = "103")]
+        ConfigPromote(super::ConfigPromoteRequest),
+        #[prost(message, tag = "104")]
+        ConfigAbort(super::ConfigAbortRequest),
+        #[prost(message, tag = "105")]
+        ConfigDelete(super::ConfigDeleteRequest),
+        #[prost(message, tag = "110")]
+        ServiceRegister(super::ServiceRegisterRequest),
+        #[prost(message, tag = "111")]
+        ServiceDeregister(super::ServiceDeregisterRequest),
+        #[prost(message, tag = "112")]
+        ServiceHeartbeat(super::ServiceHeartbeatRequest),
+        #[prost(message, tag = "113")]
+        ServiceDrain(super::ServiceDrainRequest),
+        #[prost(message, tag = "114")]
+        ServiceGuard(super::ServiceGuardRequest),
     }
 }
 /// The answer of the operation of the same name.
@@ -9044,7 +9096,7 @@ pub mod txn_op {
 pub struct TxnAnswer {
     #[prost(
         oneof = "txn_answer::Answer",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92, 100, 101, 102, 103, 104, 105, 110, 111, 112, 113, 114"
     )]
     pub answer: ::core::option::Option<txn_answer::Answer>,
 }
@@ -9136,6 +9188,28 @@ pub mod txn_answer {
         ElectionProclaim(super::ProclaimReply),
         #[prost(message, tag = "92")]
         ElectionResign(super::ResignReply),
+        #[prost(message, tag = "100")]
+        ConfigPublish(super::ConfigChangeReply),
+        #[prost(message, tag = "101")]
+        ConfigRollback(super::ConfigChangeReply),
+        #[prost(message, tag = "102")]
+        ConfigStage(super::ConfigChangeReply),
+        #[prost(message, tag = "103")]
+        ConfigPromote(super::ConfigChangeReply),
+        #[prost(message, tag = "104")]
+        ConfigAbort(super::ConfigChangeReply),
+        #[prost(message, tag = "105")]
+        ConfigDelete(super::ConfigChangeReply),
+        #[prost(message, tag = "110")]
+        ServiceRegister(super::ServiceRegisterReply),
+        #[prost(message, tag = "111")]
+        ServiceDeregister(super::ServiceDeregisterReply),
+        #[prost(message, tag = "112")]
+        ServiceHeartbeat(super::ServiceHeartbeatReply),
+        #[prost(message, tag = "113")]
+        ServiceDrain(super::ServiceDrainReply),
+        #[prost(message, tag = "114")]
+        ServiceGuard(super::ServiceGuardReply),
     }
 }
 /// Generated client implementations.
