@@ -268,6 +268,56 @@ fn h4_conditions_of_http() {
     assert_eq!(whole(&server, "DELETE", "/v1/kv/a/b", "if-match: *\r\n", "").0, 412);
 }
 
+/// The tag of a configuration is its version, and what changes it takes it as the version that is expected.
+#[test]
+fn h4_conditions_of_configuration() {
+    let server = Server::start(&[]);
+    let change = |headers: &str, verb: &str, body: Value| {
+        whole(&server, "POST", &format!("/v1/configs:{verb}"), headers, &body.to_string())
+    };
+    let publish =
+        |headers: &str, content: &str| change(headers, "publish", json!({ "key": "app", "content": content }));
+    let (status, first, _) = publish("if-none-match: *\r\n", "one");
+    assert_eq!((status, first.as_str()), (200, "\"1\""));
+    let (status, _, refused) = publish("if-none-match: *\r\n", "lost");
+    assert_eq!((status, &refused["code"], &refused["facts"]["version"]), (412, &"CONFLICT".into(), &"1".into()));
+    let read = |headers: &str| whole(&server, "GET", "/v1/configs/app", headers, "");
+    let (status, etag, answer) = read("");
+    assert_eq!((status, &etag, &answer["version"]["content"]), (200, &first, &"one".into()));
+    assert_eq!(read(&format!("if-none-match: {first}\r\n")).0, 304);
+    let (status, second, _) = publish(&format!("if-match: {first}\r\n"), "two");
+    assert_eq!((status, second.as_str()), (200, "\"2\""));
+    let (status, _, refused) = publish(&format!("if-match: {first}\r\n"), "lost");
+    assert_eq!((status, &refused["code"], &refused["facts"]["version"]), (412, &"CONFLICT".into(), &"2".into()));
+    let (status, etag, _) = read(&format!("if-none-match: {first}\r\n"));
+    assert_eq!((status, &etag), (200, &second));
+    assert_eq!(whole(&server, "GET", "/v1/configs/app?version=1", "", "").1, first);
+    // A candidate has its tag for those who are given it; what is compared is the current version.
+    let staged = json!({ "key": "app", "content": "three", "rollout": { "share": 10000 } });
+    let (status, etag, _) = change(&format!("if-match: {second}\r\n"), "publish", staged);
+    assert_eq!((status, &etag), (200, &second));
+    assert_eq!(whole(&server, "GET", "/v1/configs/app?instance=i", "", "").1, "\"3\"");
+    assert_eq!(change("", "promote", json!({ "key": "app", "version": "3" })).1, "\"3\"");
+    let back = json!({ "key": "app", "version": "1" });
+    assert_eq!(change("if-match: \"2\"\r\n", "rollback", back.clone()).0, 412);
+    assert_eq!(change("if-match: \"3\"\r\n", "rollback", back).1, "\"4\"");
+    assert_eq!(change("if-match: \"3\"\r\n", "delete", json!({ "key": "app" })).0, 412);
+    for (headers, verb, body) in [
+        ("if-match: *\r\n", "publish", json!({ "key": "app", "content": "x" })),
+        ("if-match: W/\"4\"\r\n", "publish", json!({ "key": "app", "content": "x" })),
+        ("if-match: \"4\"\r\n", "publish", json!({ "key": "app", "content": "x", "expect_version": "4" })),
+        ("if-match: \"4\"\r\n", "promote", json!({ "key": "app", "version": "4" })),
+        ("if-match: \"4\"\r\n", "set-schema", json!({ "key": "app", "schema": "{}" })),
+    ] {
+        let (status, _, refused) = change(headers, verb, body);
+        assert_eq!((status, &refused["code"]), (400, &"INVALID".into()), "{headers}{verb}: {refused}");
+    }
+    assert_eq!(read("").2["version"]["content"], "one");
+    let (status, etag, _) = change("if-match: \"4\"\r\n", "delete", json!({ "key": "app" }));
+    assert_eq!((status, etag.as_str()), (200, ""));
+    assert_eq!(read("if-none-match: \"4\"\r\n").0, 404);
+}
+
 #[test]
 fn the_command_line_watches_things() {
     let server = Server::start(&[]);

@@ -1,27 +1,36 @@
 //! Conditions of HTTP on the native face: `ETag`, `If-Match`, `If-None-Match`.
 //!
-//! Promises. C1: the tag of a key is its `mod_revision`, so it changes with every change and is never used again. C2: a condition on a change is its
-//! `expect`, decided in the commit of the change. C3: a condition that a call cannot keep is refused, never passed over.
-//! Not promised. Weak tags and lists of tags: a key has one strong tag.
+//! Promises. C1: the tag of a key is its `mod_revision`, so it changes with every change and is never used again; that of a configuration is the number of
+//! the version. C2: a condition on a change is its `expect` or `expect_version`, decided in the commit of the change. C3: a condition that a call cannot
+//! keep is refused, never passed over.
+//! Not promised. Weak tags and lists of tags: what there is has one strong tag. That a tag of configuration tells of its schema and its roll-out.
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Response, StatusCode};
-use prost_reflect::{DynamicMessage, Kind, ReflectMessage as _, Value};
+use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, ReflectMessage as _, Value};
 
 use super::Rule;
 use crate::front::{Body, full};
 use crate::rpc::Status;
 
-/// Reads the conditions of a change into its `expect`. Reads are compared with their answer.
+/// What must be there.
+#[derive(Clone, Copy)]
+enum Wanted {
+    Anything,
+    Nothing,
+    This(u64),
+}
+
+/// Reads the conditions of a change into its `expect` or `expect_version`. Reads are compared with their answer.
 pub(super) fn expect(message: &mut DynamicMessage, headers: &HeaderMap) -> Result<(), Status> {
-    let fact = match (text(headers, &header::IF_MATCH)?, text(headers, &header::IF_NONE_MATCH)?) {
+    let wanted = match (text(headers, &header::IF_MATCH)?, text(headers, &header::IF_NONE_MATCH)?) {
         (None, None) => return Ok(()),
         (Some(_), Some(_)) => return Err(Status::invalid_argument("If-Match and If-None-Match are both given")),
-        (Some("*"), None) => ("absent", Value::Bool(false)),
-        (Some(tag), None) => ("mod_revision", Value::U64(revision(tag)?)),
-        (None, Some("*")) => ("absent", Value::Bool(true)),
+        (Some("*"), None) => Wanted::Anything,
+        (Some(tag), None) => Wanted::This(number(tag)?),
+        (None, Some("*")) => Wanted::Nothing,
         (None, Some(tag)) => {
-            revision(tag)?;
+            number(tag)?;
             // Of a read: `is_known` looks at it. A change has no use for "unless it is this one".
             return match message.descriptor().get_field_by_name("request") {
                 None => Ok(()),
@@ -29,18 +38,34 @@ pub(super) fn expect(message: &mut DynamicMessage, headers: &HeaderMap) -> Resul
             };
         }
     };
-    let field = message.descriptor().get_field_by_name("expect");
-    let field =
-        field.filter(|field| matches!(field.kind(), Kind::Message(kind) if kind.full_name() == "tenure.v1.Expect"));
-    let Some(field) = field else {
+    let named = |name: &str| message.descriptor().get_field_by_name(name);
+    let of_a_key =
+        |field: &FieldDescriptor| matches!(field.kind(), Kind::Message(kind) if kind.full_name() == "tenure.v1.Expect");
+    let Some(field) = named("expect").filter(of_a_key).or_else(|| named("expect_version")) else {
         return Err(Status::invalid_argument("this call takes no If-Match and no `If-None-Match: *`"));
     };
     if message.has_field(&field) {
         return Err(Status::invalid_argument("an expectation is given in the body and in a header"));
     }
-    if let Value::Message(expect) = message.get_field_mut(&field) {
-        expect.set_field_by_name(fact.0, fact.1);
+    if of_a_key(&field) {
+        let (name, value) = match wanted {
+            Wanted::Anything => ("absent", Value::Bool(false)),
+            Wanted::Nothing => ("absent", Value::Bool(true)),
+            Wanted::This(revision) => ("mod_revision", Value::U64(revision)),
+        };
+        if let Value::Message(expect) = message.get_field_mut(&field) {
+            expect.set_field_by_name(name, value);
+        }
+        return Ok(());
     }
+    let version = match wanted {
+        Wanted::Anything => {
+            return Err(Status::invalid_argument("this call takes the tag of a version, or `If-None-Match: *`"));
+        }
+        Wanted::Nothing => 0,
+        Wanted::This(version) => version,
+    };
+    message.set_field(&field, Value::U64(version));
     Ok(())
 }
 
@@ -50,25 +75,28 @@ fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Result<Option<&'h str>
     Ok(Some(text.trim()))
 }
 
-fn revision(tag: &str) -> Result<u64, Status> {
+fn number(tag: &str) -> Result<u64, Status> {
     let digits = tag.strip_prefix('"').and_then(|tag| tag.strip_suffix('"'));
-    let wrong =
-        || Status::invalid_argument(format!("{tag} is no tag of a key: one revision in quotes, as `ETag` told it"));
+    let wrong = || Status::invalid_argument(format!("{tag} is no tag: one number in quotes, as `ETag` told it"));
     digits.and_then(|digits| digits.parse().ok()).ok_or_else(wrong)
 }
 
-/// The tag of what an answer tells: of the record it carries, or of the key that it has just written.
+/// The tag of what an answer tells: of the record or the version it carries, or of what it has just changed.
 pub(super) fn etag(rule: &Rule, answer: &DynamicMessage) -> Option<String> {
     let number = |message: &str, field: &str| {
         let message = answer.get_field_by_name(message)?;
         message.as_message()?.get_field_by_name(field)?.as_u64().filter(|&number| number > 0)
     };
-    let revision = match answer.descriptor().full_name() {
+    let tag = match answer.descriptor().full_name() {
         "tenure.v1.PutReply" => number("header", "revision")?,
+        "tenure.v1.ConfigGetReply" => number("version", "version")?,
+        "tenure.v1.ConfigChangeReply" => {
+            answer.get_field_by_name("current_version")?.as_u64().filter(|&number| number > 0)?
+        }
         _ if rule.verb == Method::GET => number("record", "mod_revision")?,
         _ => return None,
     };
-    Some(format!("\"{revision}\""))
+    Some(format!("\"{tag}\""))
 }
 
 /// Whether the caller has said that it knows this one.
