@@ -1,4 +1,4 @@
-//! Transactions over the primitives on the command line and over HTTP, against a real server.
+//! Transactions over the primitives on the command line, over HTTP and with the client, against a real server.
 
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -6,6 +6,9 @@ mod common;
 
 use common::{Server, ok, tenure_fed};
 use serde_json::{Value, json};
+use tenure_client::{
+    Answer, Begun, Check, Client, Code, Compare, Error, Health, NewJob, Op, ServiceCheck, Step, StoredResult,
+};
 
 fn run(server: &Server, txn: &Value) -> (u16, Value) {
     let answer = server.post("/v1/txn:run", txn.to_string());
@@ -98,7 +101,7 @@ fn configuration_and_services_in_one_commit() {
             register("b"),
             { "service_drain": { "service": "web", "instance": "a", "token": token } },
         ],
-        "otherwise": [{ "put": { "key": "lost", "value": "1" } }],
+        "otherwise": [{ "range": { "key": "lost", "end": "lost0" } }],
         "request": { "uuid": "00112233-4455-6677-8899-aabbccddee01" },
     });
     let (_, done) = run(&server, &second);
@@ -176,6 +179,115 @@ fn waits_stand_alone_and_say_so() {
         assert!(detail.contains("must be the only o") && detail.contains("of its transaction"), "{detail}");
     }
     assert_eq!(server.get("/v1/kv/a").status, 404);
+}
+
+/// A worker's last step: the job is done, its caller has the result, and what came of it is written, or none of it.
+#[tokio::test]
+async fn a_client_settles_a_job_an_attempt_and_a_key_in_one_commit() {
+    let server = Server::start(&[]);
+    let client = Client::connect([&server.address]).await.unwrap();
+    let queue = client.queue("orders");
+    queue.enqueue(NewJob::new("order 42")).await.unwrap();
+    let job = queue.receive().await.unwrap().pop().unwrap();
+    let orders = client.idempotent("orders");
+    let Begun::Granted(attempt) = orders.begin("order-42").await.unwrap() else { panic!("nobody runs it") };
+    let session = client.session().await.unwrap();
+    let leader = client.election("scheduler").campaign(&session).await.unwrap();
+    let settle = |value: &str| {
+        client
+            .transaction()
+            .require(Check::leads(&leader))
+            .when(Check::receipt_valid(&job))
+            .when(Check::attempt_valid(&attempt))
+            .when(Check::counter_within("paid", ..=0))
+            .then(Step::ack_with(&job, "done"))
+            .then(Step::complete(&attempt, &StoredResult::new("paid").status(201)))
+            .then(Op::put("orders/42", value.to_owned()))
+            .then(Step::add("paid", 1))
+            .then(Step::enqueue("mail", NewJob::new("order 42 is paid").key("mail/42")))
+            .then(Step::proclaim(&leader, "42 is paid"))
+    };
+    let done = settle("paid").await.unwrap();
+    assert!(done.succeeded && done.failed.is_none() && done.answers.len() == 6, "{done:?}");
+    let Answer::Enqueued(jobs) = &done.answers[4] else { panic!("{done:?}") };
+    assert!(!jobs[0].duplicate, "{jobs:?}");
+    assert_eq!(
+        (&done.answers[3], &done.answers[5]),
+        (&Answer::Counter(1), &Answer::Proclaimed { should_yield: false })
+    );
+    let written = client.get("orders/42").await.unwrap().unwrap();
+    assert_eq!((written.value_str(), written.mod_revision), (Some("paid"), done.revision), "one commit");
+    assert_eq!(client.job(job.id()).await.unwrap().unwrap().state, "done");
+    let Begun::Replay(replay) = orders.begin("order-42").await.unwrap() else { panic!("it is completed") };
+    assert_eq!((replay.result.status, &replay.result.body[..], replay.attempt), (201, &b"paid"[..], attempt.token()));
+    // Once more: the losing check is named with what is there instead, and nothing of it happens.
+    let lost = settle("twice").await.unwrap();
+    let failed = lost.failed.as_ref().unwrap();
+    assert!(!lost.succeeded && lost.answers.is_empty(), "{lost:?}");
+    assert_eq!((failed.index, failed.facts["state"].as_str()), (0, "done"), "{failed:?}");
+    assert!(failed.message.contains(job.id()), "{failed:?}");
+    assert_eq!(client.get("orders/42").await.unwrap().unwrap().version, 1);
+    // Each check tells of its own, and a step that is refused names its place.
+    for (check, fact, value) in [
+        (Check::attempt_valid(&attempt), "state", "completed"),
+        (Check::counter_within("paid", 2..), "value", "1"),
+        (Check::leads(("scheduler", 1)), "presented", "1"),
+        (Check::receipt_valid((job.id(), 1)), "presented", "1"),
+    ] {
+        let told = client.transaction().when(check).then(Op::put("lost", "1")).await.unwrap();
+        assert_eq!(told.failed.as_ref().map(|failed| failed.facts[fact].as_str()), Some(value), "{told:?}");
+    }
+    let refused = client.transaction().then(Op::put("lost", "1")).then(Step::fail(&attempt, &StoredResult::new("no")));
+    let Err(Error::Refused(refused)) = refused.await else { panic!("the attempt is over") };
+    assert_eq!((refused.code, refused.facts["op"].as_str()), (Code::Fenced, "1"), "{refused:?}");
+    assert_eq!(client.get("lost").await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_client_deploys_reserves_and_gives_back_in_one_commit() {
+    let server = Server::start(&[]);
+    let client = Client::connect([&server.address]).await.unwrap();
+    client.create_pool("seats", 3).await.unwrap();
+    let registry = client.registry();
+    let check = ServiceCheck::ttl(std::time::Duration::from_secs(60));
+    let deploy = |version: u64, instance: &str, content: &str| {
+        client
+            .transaction()
+            .when(Check::config_at("flags", version))
+            .then(client.publish_config("flags", content.to_owned()).author("ann"))
+            .then(registry.register("web", instance, "10.0.0.1", 80).check(check.clone()))
+            .then(client.reserve("seats", 2))
+    };
+    let first = deploy(0, "a", "one").await.unwrap();
+    let [Answer::Config(flags), Answer::Registered(token), Answer::Reserved(hold)] = &first.answers[..] else {
+        panic!("{first:?}")
+    };
+    assert_eq!((flags.version, *token, hold.token), (1, first.revision, first.revision));
+    // There are not so many seats, and so no second version and no second instance.
+    let Err(Error::Refused(refused)) = deploy(1, "b", "two").await else { panic!("there is one seat") };
+    assert_eq!((refused.code, refused.facts["op"].as_str()), (Code::Held, "2"), "{refused:?}");
+    let second = client
+        .transaction()
+        .when(Check::in_health(("web", "a"), [Health::Passing]))
+        .when(Compare::version("none").equals(0))
+        .then(Step::cancel_reservation(hold.clone()))
+        .then(client.publish_config("flags", "two"))
+        .then(Step::drain(("web", "a")))
+        .await
+        .unwrap();
+    assert_eq!(second.answers[2], Answer::Health(Health::Draining), "{second:?}");
+    assert_eq!(client.pool("seats").await.unwrap().unwrap().pool.available, 3);
+    let lost = client.transaction().when(Check::config_at("flags", 1)).then(Op::put("lost", "1")).await.unwrap();
+    assert_eq!(lost.failed.unwrap().facts["version"], "2");
+    let back = client
+        .transaction()
+        .when(Check::registered(("web", "b")).negated())
+        .then(Step::rollback_config("flags", 1))
+        .then(Step::deregister(("web", "a")))
+        .await
+        .unwrap();
+    assert!(matches!(back.answers[0], Answer::Config(change) if change.current == 3), "{back:?}");
+    assert_eq!(client.read_config("flags").await.unwrap().unwrap().text(), Some("one"));
 }
 
 #[test]

@@ -136,6 +136,10 @@ impl ConfigRollout {
         self.request.labels.insert(name.into(), value.into());
         self
     }
+
+    pub(crate) fn into_wire(self) -> v1::ConfigRollout {
+        self.request
+    }
 }
 
 /// A version to be published; see [`Client::publish_config`].
@@ -179,6 +183,10 @@ impl<'a> PublishConfig<'a> {
     pub fn rollout(mut self, rollout: ConfigRollout) -> Self {
         self.request.rollout = Some(rollout.request);
         self
+    }
+
+    pub(crate) fn into_wire(self) -> v1::ConfigPublishRequest {
+        self.request
     }
 
     async fn run(mut self) -> Result<ConfigChange, Error> {

@@ -130,7 +130,7 @@ impl StoredResult {
         Self { status, ..self }
     }
 
-    fn wire(&self) -> v1::IdempotencyResult {
+    pub(crate) fn wire(&self) -> v1::IdempotencyResult {
         let headers =
             self.headers.iter().map(|(name, value)| v1::IdempotencyHeader { name: name.clone(), value: value.clone() });
         let mut wire = v1::IdempotencyResult {
@@ -697,6 +697,12 @@ impl Attempt {
     #[must_use]
     pub fn number(&self) -> u32 {
         self.inner.number
+    }
+
+    /// Whose key it is.
+    #[must_use]
+    pub fn scope(&self) -> &str {
+        &self.inner.target.scope
     }
 
     /// The key.

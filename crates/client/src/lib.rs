@@ -93,6 +93,9 @@ pub use registry::{
 pub use reservation::{Hold, HoldState, Pool, PoolInfo, PoolWaiter, Reservation, ReservationChange, Reserve};
 pub use session::{CreateSession, OnExpire, Session, SessionInfo};
 pub use things::{Thing, ThingEvent, ThingWatch, WatchingThings};
-pub use txn::{Answer, Check, FailedCheck, Step, Transaction, TransactionReply};
+pub use txn::{
+    Answer, AttemptProof, Check, FailedCheck, HoldRef, InstanceRef, LeadProof, Receipt, Step, Transaction,
+    TransactionReply,
+};
 pub use update::Updated;
 pub use watch::{EventKind, Watch, WatchEvent, Watching};

@@ -356,6 +356,12 @@ impl NewJob {
     }
 }
 
+impl NewJob {
+    pub(crate) fn into_wire(self) -> v1::NewJob {
+        self.0
+    }
+}
+
 /// What becomes of a job whose key is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnDuplicate {
@@ -375,6 +381,12 @@ pub struct Enqueued {
     pub id: String,
     /// It was there before.
     pub duplicate: bool,
+}
+
+impl From<v1::EnqueuedJob> for Enqueued {
+    fn from(wire: v1::EnqueuedJob) -> Self {
+        Self { id: wire.id, duplicate: wire.duplicate }
+    }
 }
 
 /// One queue, by name.
@@ -413,7 +425,7 @@ impl Queue {
         };
         let plan = self.client.plan("enqueue", true);
         let reply: v1::EnqueueReply = self.client.change(plan, "/tenure.v1.Queues/Enqueue", &request).await?;
-        Ok(reply.jobs.into_iter().map(|job| Enqueued { id: job.id, duplicate: job.duplicate }).collect())
+        Ok(reply.jobs.into_iter().map(Enqueued::from).collect())
     }
 
     /// Asks for jobs; await it. No job is no error but an empty answer.

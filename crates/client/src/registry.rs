@@ -49,7 +49,7 @@ pub enum Health {
 }
 
 impl Health {
-    fn of(wire: i32) -> Self {
+    pub(crate) fn of(wire: i32) -> Self {
         match v1::Health::try_from(wire) {
             Ok(v1::Health::Passing) => Self::Passing,
             Ok(v1::Health::Warning) => Self::Warning,
@@ -59,7 +59,7 @@ impl Health {
         }
     }
 
-    fn wire(self) -> i32 {
+    pub(crate) fn wire(self) -> i32 {
         let wire = match self {
             Self::Passing => v1::Health::Passing,
             Self::Warning => v1::Health::Warning,
@@ -528,11 +528,17 @@ impl Registering<'_> {
         self
     }
 
-    async fn run(self) -> Result<Registered, Error> {
-        let Self { client, mut request } = self;
+    pub(crate) fn into_wire(self) -> v1::ServiceRegisterRequest {
+        let mut request = self.request;
         if request.session == 0 && request.check.is_none() {
             request.check = Some(ServiceCheck::ttl(TTL_DEFAULT).0);
         }
+        request
+    }
+
+    async fn run(self) -> Result<Registered, Error> {
+        let client = self.client;
+        let mut request = self.into_wire();
         let reply = register(client, &request).await?;
         // A later registration is made anew, whatever took the first one's place at the start.
         request.replace_token = 0;
@@ -593,6 +599,18 @@ impl fmt::Debug for Registered {
 }
 
 impl Registered {
+    /// The service.
+    #[must_use]
+    pub fn service(&self) -> &str {
+        &self.core.request.service
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn instance(&self) -> &str {
+        &self.core.request.instance
+    }
+
     /// Names the registration; a later one of the same instance has a larger token.
     #[must_use]
     pub fn token(&self) -> u64 {

@@ -256,6 +256,10 @@ impl<'a> Reserve<'a> {
         self
     }
 
+    pub(crate) fn into_wire(self) -> v1::ReserveRequest {
+        self.request
+    }
+
     async fn run(mut self) -> Result<Reservation, Error> {
         let client = self.client.clone();
         self.request.request = Some(one_shot()?);
