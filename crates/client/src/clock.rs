@@ -46,8 +46,13 @@ impl BootTime {
     pub fn unix_ms(self) -> u64 {
         let (now, wall) = (Self::now(), SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
         let at = (wall + self.since(now)).saturating_sub(now.since(self));
-        u64::try_from(at.as_millis()).unwrap_or(u64::MAX)
+        millis(at)
     }
+}
+
+/// A length of time as it is sent; the longest there is where it is too long for that.
+pub(crate) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl fmt::Display for BootTime {

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::client::{Client, one_shot};
+use crate::clock::millis;
 use crate::error::{Code, Error, Outcome, of_read};
 use crate::lease::{LeaseState, LostReason};
 use crate::session::Session;
@@ -113,7 +114,7 @@ impl Election {
             value_bytes: self.value.clone(),
             priority: self.priority,
             wait: Some(match self.wait {
-                Some(wait) => Wait::WaitMs(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)),
+                Some(wait) => Wait::WaitMs(millis(wait)),
                 None => Wait::Forever(true),
             }),
             namespace: self.client.namespace(),

@@ -20,6 +20,7 @@ use tenure_wire::tenure::v1::idempotency_client::IdempotencyClient;
 use tokio::sync::watch;
 
 use crate::client::Client;
+use crate::clock::millis;
 use crate::error::{Code, Error, Problem};
 use crate::pipeline::RECEIVE_BYTES;
 
@@ -265,7 +266,7 @@ pub struct Replay {
 /// Runs things once per key. Made by [`Client::idempotent`]; clones share nothing but the connection.
 ///
 /// ```no_run
-/// # async fn charge(_: u64) -> Result<String, tenure_client::Error> { unimplemented!() }
+/// # async fn charge(attempt: u64) -> Result<String, tenure_client::Error> { Ok(format!("charged under {attempt}")) }
 /// # async fn example(client: tenure_client::Client) -> Result<(), tenure_client::RunError<tenure_client::Error>> {
 /// use tenure_client::{Fingerprint, StoredResult};
 ///
@@ -870,10 +871,6 @@ async fn keep_alive(target: Target, mut ttl: Duration, fenced: watch::Sender<Opt
             Err(error) => tracing::debug!(%error, key = target.key, "a heartbeat was not answered"),
         }
     }
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

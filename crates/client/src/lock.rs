@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
 use crate::client::{Client, Plan, mismatched, one_shot};
-use crate::clock::BootTime;
+use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, Outcome, Problem};
 use crate::kv::Answering;
 use crate::lease::{LeaseState, LostReason};
@@ -216,7 +216,6 @@ impl<'a> Acquire<'a> {
         let owner = ask
             .owner
             .unwrap_or_else(|| format!("{:x}-{:02x}{:02x}", session.id(), named.meta_seq(), requests::jitter()));
-        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let on_deadlock = match ask.on_deadlock {
             OnDeadlock::Newcomer => v1::OnDeadlock::Newcomer,
             OnDeadlock::LowestPriority => v1::OnDeadlock::LowestPriority,
@@ -236,10 +235,10 @@ impl<'a> Acquire<'a> {
                 locks: self.names.iter().map(item).collect(),
                 session: session.id(),
                 owner_id: owner.clone(),
-                wait: ask.wait.map(|wait| wait.map_or(Wait::Forever(true), |wait| Wait::WaitMs(ms(wait)))),
+                wait: ask.wait.map(|wait| wait.map_or(Wait::Forever(true), |wait| Wait::WaitMs(millis(wait)))),
                 priority: ask.priority,
-                lock_delay_ms: ms(ask.lock_delay),
-                min_hold_ms: ms(ask.min_hold),
+                lock_delay_ms: millis(ask.lock_delay),
+                min_hold_ms: millis(ask.min_hold),
                 on_deadlock: on_deadlock.into(),
                 namespace: session.client().namespace(),
                 request: Some(named.meta()),
@@ -250,14 +249,14 @@ impl<'a> Acquire<'a> {
                 name: first.clone(),
                 session: session.id(),
                 owner_id: owner.clone(),
-                wait: ask.wait.map(|wait| wait.map_or(Wait::Forever(true), |wait| Wait::WaitMs(ms(wait)))),
+                wait: ask.wait.map(|wait| wait.map_or(Wait::Forever(true), |wait| Wait::WaitMs(millis(wait)))),
                 mode,
                 permits: ask.permits,
                 of: ask.of,
                 priority: ask.priority,
                 reentrant: ask.reentrant,
-                lock_delay_ms: ms(ask.lock_delay),
-                min_hold_ms: ms(ask.min_hold),
+                lock_delay_ms: millis(ask.lock_delay),
+                min_hold_ms: millis(ask.min_hold),
                 on_deadlock: on_deadlock.into(),
                 namespace: session.client().namespace(),
                 request: Some(named.meta()),

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use tenure_wire::tenure::v1;
 
 use crate::client::{Client, mismatched};
+use crate::clock::millis;
 use crate::error::Error;
 use crate::kv::Answering;
 use crate::pipeline::RECEIVE_BYTES;
@@ -179,7 +180,7 @@ impl Retention {
     fn wire(self) -> (u64, bool) {
         match self {
             Self::Default => (0, false),
-            Self::For(time) => (time.as_millis() as u64, false),
+            Self::For(time) => (millis(time), false),
             Self::Forever => (0, true),
         }
     }
@@ -489,7 +490,7 @@ impl ClaimMarker<'_> {
     /// Lets the claim live this long: 60 s unless told otherwise, 1 s to an hour.
     #[must_use]
     pub fn lease(mut self, lease: Duration) -> Self {
-        self.request.lease_ms = lease.as_millis() as u64;
+        self.request.lease_ms = millis(lease);
         self
     }
 

@@ -20,7 +20,7 @@ use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 
 use crate::client::Client;
-use crate::clock::BootTime;
+use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error};
 use crate::lease::{LeaseTiming, LostReason};
 use crate::pipeline::RECEIVE_BYTES;
@@ -193,10 +193,6 @@ impl Client {
 
 fn queues_of(channel: Channel) -> v1::queues_client::QueuesClient<Channel> {
     v1::queues_client::QueuesClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Where a job went.

@@ -19,6 +19,7 @@ use tonic::transport::Channel;
 use v1::services_client::ServicesClient;
 
 use crate::client::{Client, one_shot};
+use crate::clock::millis;
 use crate::error::{Code, Error, of_read};
 use crate::kv::Answering;
 use crate::pipeline::RECEIVE_BYTES;
@@ -1009,10 +1010,6 @@ async fn open(client: &Client, channel: Channel, filter: &Filter) -> Result<(Sta
 
 fn services(channel: Channel) -> ServicesClient<Channel> {
     ServicesClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

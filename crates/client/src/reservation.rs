@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use tonic::transport::Channel;
 
 use crate::client::{Client, one_shot};
-use crate::clock::BootTime;
+use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, Outcome};
 use crate::kv::Answering;
 use crate::session::Session;
@@ -212,10 +212,6 @@ impl Client {
 
 fn pools(channel: Channel) -> v1::pools_client::PoolsClient<Channel> {
     v1::pools_client::PoolsClient::new(channel).max_decoding_message_size(crate::pipeline::RECEIVE_BYTES)
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A reservation to be made; see [`Client::reserve`].

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::client::{Client, mismatched, one_shot};
-use crate::clock::BootTime;
+use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, Problem};
 use crate::kv::Answering;
 use crate::lease::{Lease, LeaseState, LeaseTiming, LostReason};
@@ -144,7 +144,7 @@ impl CreateSession<'_> {
     /// be larger.
     #[must_use]
     pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.request.ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+        self.request.ttl_ms = millis(ttl);
         self
     }
 
