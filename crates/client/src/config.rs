@@ -22,7 +22,7 @@ use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 
 use crate::client::{Client, one_shot};
-use crate::error::{Code, Error, of_read};
+use crate::error::{Code, Error, found, of_read};
 use crate::kv::Answering;
 
 /// Pause before the stream is opened again; it doubles up to [`PAUSE_MAX`].
@@ -486,11 +486,7 @@ impl<'a> ReadConfig<'a> {
     }
 
     async fn run(self) -> Result<Option<ConfigVersion>, Error> {
-        match self.client.get_config(&self.request).await {
-            Ok(reply) => Ok(reply.version.map(ConfigVersion::from)),
-            Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(self.client.get_config(&self.request).await.map(|reply| reply.version.map(ConfigVersion::from)))
     }
 }
 

@@ -10,7 +10,7 @@ use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::counter_expect::Fact;
 
 use crate::client::Client;
-use crate::error::{Code, Error};
+use crate::error::{Error, found};
 use crate::kv::Answering;
 
 impl Client {
@@ -173,14 +173,6 @@ impl Counter {
     }
 }
 
-/// What is not there is an answer of a read, not a failure.
-fn found<T>(read: Result<Option<T>, Error>) -> Result<Option<T>, Error> {
-    match read {
-        Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
-        other => other,
-    }
-}
-
 fn told(counter: Option<v1::Counter>) -> Result<CounterInfo, Error> {
     counter.map(CounterInfo::from).ok_or_else(|| Error::Protocol("an answer without the counter".to_owned()))
 }
@@ -198,7 +190,7 @@ macro_rules! carried_out {
     };
 }
 
-/// An addition to be made; its answer is the counter afterwards. Refused with [`Code::Conflict`] where the sum would leave the bounds or 64 bits:
+/// An addition to be made; its answer is the counter afterwards. Refused with [`Code::Conflict`](crate::Code::Conflict) where the sum would leave the bounds or 64 bits:
 /// the fact `value` then tells where the counter is.
 #[derive(Clone, Debug)]
 pub struct CounterAdd<'a> {
@@ -269,7 +261,7 @@ macro_rules! expecting {
     };
 }
 
-/// A value to be set; its answer is the counter afterwards. Refused with [`Code::Conflict`] where the counter is not as expected.
+/// A value to be set; its answer is the counter afterwards. Refused with [`Code::Conflict`](crate::Code::Conflict) where the counter is not as expected.
 #[derive(Clone, Debug)]
 pub struct CounterSet<'a> {
     counter: &'a Counter,
@@ -296,7 +288,7 @@ impl CounterSet<'_> {
     }
 }
 
-/// A counter to be deleted. Refused with [`Code::Conflict`] where it is not as expected.
+/// A counter to be deleted. Refused with [`Code::Conflict`](crate::Code::Conflict) where it is not as expected.
 #[derive(Clone, Debug)]
 pub struct CounterDelete<'a> {
     counter: &'a Counter,
@@ -332,7 +324,7 @@ impl Sequence {
     /// The next number, which belongs to the caller alone.
     ///
     /// # Errors
-    /// Refused with [`Code::Conflict`] where the sequence is used up, at 2^63.
+    /// Refused with [`Code::Conflict`](crate::Code::Conflict) where the sequence is used up, at 2^63.
     pub async fn next(&self) -> Result<u64, Error> {
         Ok(self.block(1).await?.start)
     }

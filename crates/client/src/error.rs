@@ -195,6 +195,14 @@ pub(crate) fn problem_of(status: &tonic::Status) -> Option<Problem> {
     v1::Error::decode(ours.value.as_slice()).ok().map(Problem::from)
 }
 
+/// What is not there is an answer of a read, not a failure.
+pub(crate) fn found<T>(read: Result<Option<T>, Error>) -> Result<Option<T>, Error> {
+    match read {
+        Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
+        other => other,
+    }
+}
+
 /// The error of a unary call that only reads, so that its outcome is never in doubt.
 pub(crate) fn of_read(status: &tonic::Status) -> Error {
     if let Some(problem) = problem_of(status) {

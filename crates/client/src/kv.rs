@@ -13,7 +13,7 @@ use tenure_wire::tenure::v1::reply::Result as Reply;
 use tenure_wire::tenure::v1::request::Call;
 
 use crate::client::{Client, RequestId, mismatched};
-use crate::error::{Code, Error};
+use crate::error::{Error, found};
 use crate::lock::LockGuard;
 use crate::session::Session;
 
@@ -219,12 +219,11 @@ impl Get<'_> {
     }
 
     async fn run(self) -> Result<Option<Record>, Error> {
-        match self.client.call(self.client.plan("get", false), Call::Get(self.request)).await {
-            Ok(Reply::Get(reply)) => Ok(reply.record.map(Record::from)),
-            Ok(_) => Err(mismatched("get")),
-            Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let reply = self.client.call(self.client.plan("get", false), Call::Get(self.request)).await;
+        found(reply.and_then(|reply| match reply {
+            Reply::Get(reply) => Ok(reply.record.map(Record::from)),
+            _ => Err(mismatched("get")),
+        }))
     }
 }
 
@@ -257,14 +256,14 @@ impl Put<'_> {
         self
     }
 
-    /// Only while this lock is held under this token; else refused as [`Code::Fenced`].
+    /// Only while this lock is held under this token; else refused as [`Code::Fenced`](crate::Code::Fenced).
     #[must_use]
     pub fn require_lock(mut self, proof: impl Into<LockProof>) -> Self {
         self.request.require_locks.push(proof.into().into());
         self
     }
 
-    /// Only if there is no such key; else refused as [`Code::Conflict`] with what is there.
+    /// Only if there is no such key; else refused as [`Code::Conflict`](crate::Code::Conflict) with what is there.
     #[must_use]
     pub fn expect_absent(mut self) -> Self {
         self.request.expect = absent(true);
@@ -359,7 +358,7 @@ impl Delete<'_> {
         self
     }
 
-    /// Only while this lock is held under this token; else refused as [`Code::Fenced`].
+    /// Only while this lock is held under this token; else refused as [`Code::Fenced`](crate::Code::Fenced).
     #[must_use]
     pub fn require_lock(mut self, proof: impl Into<LockProof>) -> Self {
         self.request.require_locks.push(proof.into().into());
@@ -518,7 +517,7 @@ impl Range<'_> {
     /// Reads all pages, at the revision of the first.
     ///
     /// # Errors
-    /// As a single page; [`Code::Compacted`] if the first page's revision is compacted away before the last page is read.
+    /// As a single page; [`Code::Compacted`](crate::Code::Compacted) if the first page's revision is compacted away before the last page is read.
     pub async fn all(self) -> Result<RangeReply, Error> {
         let mut whole = self.clone().run().await?;
         while !whole.next.is_empty() {
@@ -739,7 +738,7 @@ impl Txn<'_> {
         self
     }
 
-    /// Neither list runs unless this lock is held under this token; else refused as [`Code::Fenced`].
+    /// Neither list runs unless this lock is held under this token; else refused as [`Code::Fenced`](crate::Code::Fenced).
     #[must_use]
     pub fn require_lock(mut self, proof: impl Into<LockProof>) -> Self {
         self.request.require_locks.push(proof.into().into());

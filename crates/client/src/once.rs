@@ -14,7 +14,7 @@ use tenure_wire::tenure::v1;
 
 use crate::client::{Client, mismatched};
 use crate::clock::millis;
-use crate::error::Error;
+use crate::error::{Error, found};
 use crate::kv::Answering;
 use crate::pipeline::RECEIVE_BYTES;
 use crate::session::Session;
@@ -256,11 +256,7 @@ impl Client {
                 client.get(request).await
             }
         };
-        match self.read(ask).await {
-            Ok(reply) => Ok(reply.marker.map(Marker::from)),
-            Err(error) if error.code() == Some(crate::Code::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(self.read(ask).await.map(|reply| reply.marker.map(Marker::from)))
     }
 
     /// Reads a page of markers whose canonical names begin with `prefix`, behind the name `after`; the second part is where the next page begins,

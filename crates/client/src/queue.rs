@@ -21,7 +21,7 @@ use tonic::transport::Channel;
 
 use crate::client::Client;
 use crate::clock::{BootTime, millis};
-use crate::error::{Code, Error};
+use crate::error::{Code, Error, found};
 use crate::lease::{LeaseTiming, LostReason};
 use crate::pipeline::RECEIVE_BYTES;
 use crate::requests;
@@ -91,11 +91,7 @@ impl Client {
                 async move { queues.get_job(request).await }
             })
             .await;
-        match reply {
-            Ok(reply) => Ok(reply.job.map(JobInfo::from)),
-            Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(reply.map(|reply| reply.job.map(JobInfo::from)))
     }
 
     /// Cancels a job and tells its state: one that runs is cancelled when its worker hears of it, or at once with `force`.
@@ -481,11 +477,7 @@ impl Queue {
                 async move { queues.get(request).await }
             })
             .await;
-        match reply {
-            Ok(reply) => Ok(reply.queue.map(QueueInfo::from)),
-            Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(reply.map(|reply| reply.queue.map(QueueInfo::from)))
     }
 
     /// Looks at up to `limit` (1,000 at most) jobs in a state such as `ready` or `dead`, after the job `after`, without taking them.

@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 
 use crate::client::{Client, one_shot};
 use crate::clock::{BootTime, millis};
-use crate::error::{Code, Error, Outcome};
+use crate::error::{Error, Outcome, found};
 use crate::kv::Answering;
 use crate::session::Session;
 
@@ -51,7 +51,7 @@ impl Client {
     /// Makes a pool of so many units.
     ///
     /// # Errors
-    /// [`Code::Conflict`] if there is one of this name.
+    /// [`Code::Conflict`](crate::Code::Conflict) if there is one of this name.
     pub async fn create_pool(&self, name: impl Into<String>, capacity: u64) -> Result<Pool, Error> {
         let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
         let request = v1::PoolCreateRequest { name, capacity, namespace, request };
@@ -61,7 +61,7 @@ impl Client {
     /// Sets the capacity of a pool.
     ///
     /// # Errors
-    /// [`Code::Conflict`] if more than that is taken, [`Code::NotFound`] if there is no such pool.
+    /// [`Code::Conflict`](crate::Code::Conflict) if more than that is taken, [`Code::NotFound`](crate::Code::NotFound) if there is no such pool.
     pub async fn resize_pool(&self, name: impl Into<String>, capacity: u64) -> Result<Pool, Error> {
         let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
         let request = v1::PoolResizeRequest { name, capacity: Some(capacity), namespace, request };
@@ -71,7 +71,7 @@ impl Client {
     /// Adds units to a pool.
     ///
     /// # Errors
-    /// [`Code::NotFound`] if there is no such pool.
+    /// [`Code::NotFound`](crate::Code::NotFound) if there is no such pool.
     pub async fn restock_pool(&self, name: impl Into<String>, quantity: u64) -> Result<Pool, Error> {
         let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
         let request = v1::PoolRestockRequest { name, quantity, namespace, request };
@@ -81,7 +81,7 @@ impl Client {
     /// Makes units available again that were confirmed.
     ///
     /// # Errors
-    /// [`Code::Conflict`] if so many are not confirmed, [`Code::NotFound`] if there is no such pool.
+    /// [`Code::Conflict`](crate::Code::Conflict) if so many are not confirmed, [`Code::NotFound`](crate::Code::NotFound) if there is no such pool.
     pub async fn return_to_pool(&self, name: impl Into<String>, quantity: u64) -> Result<Pool, Error> {
         let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
         let request = v1::PoolReturnRequest { name, quantity, namespace, request };
@@ -91,7 +91,7 @@ impl Client {
     /// Removes a pool of which nothing is held and for which nobody waits.
     ///
     /// # Errors
-    /// [`Code::Held`] while it is in use, [`Code::NotFound`] if there is no such pool.
+    /// [`Code::Held`](crate::Code::Held) while it is in use, [`Code::NotFound`](crate::Code::NotFound) if there is no such pool.
     pub async fn delete_pool(&self, name: impl Into<String>) -> Result<Pool, Error> {
         let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
         let request = v1::PoolDeleteRequest { name, namespace, request };
@@ -121,15 +121,12 @@ impl Client {
                 async move { pools.get(request).await }
             })
             .await;
-        match reply {
-            Ok(reply) => Ok(Some(PoolInfo {
-                pool: reply.pool.map(Pool::from).unwrap_or_default(),
-                holds: reply.holds.into_iter().map(Hold::from).collect(),
-                waiters: reply.waiters.into_iter().map(PoolWaiter::from).collect(),
-            })),
-            Err(error) if error.code() == Some(Code::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let info = |reply: v1::PoolGetReply| PoolInfo {
+            pool: reply.pool.map(Pool::from).unwrap_or_default(),
+            holds: reply.holds.into_iter().map(Hold::from).collect(),
+            waiters: reply.waiters.into_iter().map(PoolWaiter::from).collect(),
+        };
+        found(reply.map(|reply| Some(info(reply))))
     }
 
     /// Lists all pools whose names begin with `prefix`, by name.
@@ -163,7 +160,7 @@ impl Client {
     /// Confirms a hold by its numbers, from whichever process.
     ///
     /// # Errors
-    /// [`Code::Fenced`] if it is over or under another token.
+    /// [`Code::Fenced`](crate::Code::Fenced) if it is over or under another token.
     pub async fn confirm_reservation(
         &self,
         pool: impl Into<String>,
@@ -179,7 +176,7 @@ impl Client {
     /// Gives a hold back by its numbers, from whichever process.
     ///
     /// # Errors
-    /// [`Code::Fenced`] if it is confirmed, long over or under another token.
+    /// [`Code::Fenced`](crate::Code::Fenced) if it is confirmed, long over or under another token.
     pub async fn cancel_reservation(
         &self,
         pool: impl Into<String>,
@@ -195,7 +192,7 @@ impl Client {
     /// Makes a hold last at least so long from now on, by its numbers, from whichever process.
     ///
     /// # Errors
-    /// [`Code::Fenced`] if it is over or under another token.
+    /// [`Code::Fenced`](crate::Code::Fenced) if it is over or under another token.
     pub async fn extend_reservation(
         &self,
         pool: impl Into<String>,
@@ -408,7 +405,7 @@ impl Reservation {
     /// Makes the hold last at least so long from now on.
     ///
     /// # Errors
-    /// [`Code::Fenced`] if it is over.
+    /// [`Code::Fenced`](crate::Code::Fenced) if it is over.
     pub async fn extend(&mut self, hold: Duration) -> Result<(), Error> {
         let sent = BootTime::now();
         self.client.extend_reservation(self.pool.clone(), self.id, self.token, hold).await?;
@@ -419,7 +416,7 @@ impl Reservation {
     /// Makes the hold final. After an unknown outcome the hold is left alone: confirm it again by [`Client::confirm_reservation`].
     ///
     /// # Errors
-    /// [`Code::Fenced`] if it is over: what it held may be another's.
+    /// [`Code::Fenced`](crate::Code::Fenced) if it is over: what it held may be another's.
     pub async fn confirm(mut self) -> Result<ReservationChange, Error> {
         self.settled = true;
         self.client.confirm_reservation(self.pool.clone(), self.id, self.token).await
