@@ -397,6 +397,25 @@ fn endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, Error> {
         .initial_connection_window_size(8 << 20))
 }
 
+/// Reads a list to its end. `page` gives what comes after a place, and the place after which the next page begins.
+pub(crate) async fn all_pages<T, P, F, Fut>(mut page: F) -> Result<Vec<T>, Error>
+where
+    P: Clone + Default + PartialOrd,
+    F: FnMut(P) -> Fut,
+    Fut: Future<Output = Result<(Vec<T>, P), Error>>,
+{
+    let (mut all, mut after) = (Vec::new(), P::default());
+    loop {
+        let (part, next) = page(after.clone()).await?;
+        all.extend(part);
+        // An end that does not move on would be read forever.
+        if next <= after {
+            return Ok(all);
+        }
+        after = next;
+    }
+}
+
 /// The id of a change, until the change is over.
 pub(crate) enum RequestId {
     OneShot(v1::RequestMeta),

@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 
-use crate::client::{Client, one_shot};
+use crate::client::{Client, all_pages, one_shot};
 use crate::error::{Code, Error, found, of_read};
 use crate::kv::Answering;
 
@@ -393,27 +393,18 @@ impl Client {
     /// # Errors
     /// When no member answers.
     pub async fn configs(&self, prefix: impl Into<String>) -> Result<Vec<ConfigVersion>, Error> {
-        let mut all = Vec::new();
-        let mut request = v1::ConfigListRequest {
-            prefix: prefix.into(),
-            limit: 1_000,
-            namespace: self.namespace(),
-            ..Default::default()
+        let prefix = &prefix.into();
+        let page = |after| async move {
+            let (prefix, namespace) = (prefix.clone(), self.namespace());
+            let request = v1::ConfigListRequest { prefix, limit: 1_000, after, namespace, ..Default::default() };
+            let ask = |channel| {
+                let (mut configs, request) = (configs(channel), request.clone());
+                async move { configs.list(request).await }
+            };
+            let reply = self.read(ask).await?;
+            Ok((reply.configs.into_iter().map(ConfigVersion::from).collect(), reply.next))
         };
-        loop {
-            let reply = self
-                .read(|channel| {
-                    let (mut configs, request) = (configs(channel), request.clone());
-                    async move { configs.list(request).await }
-                })
-                .await?;
-            all.extend(reply.configs.into_iter().map(ConfigVersion::from));
-            // An end that does not move on would be read forever.
-            if reply.next <= request.after {
-                return Ok(all);
-            }
-            request.after = reply.next;
-        }
+        all_pages(page).await
     }
 
     /// Follows a key from the start of an application on, with the last known good on disk.

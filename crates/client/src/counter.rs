@@ -9,7 +9,7 @@ use std::ops::{Range, RangeInclusive};
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::counter_expect::Fact;
 
-use crate::client::Client;
+use crate::client::{Client, all_pages};
 use crate::error::{Error, found};
 use crate::kv::Answering;
 
@@ -55,23 +55,17 @@ impl Client {
     /// # Errors
     /// As every read.
     pub async fn counters(&self, prefix: &str) -> Result<Vec<CounterInfo>, Error> {
-        let mut all = Vec::new();
-        let (prefix, namespace) = (prefix.to_owned(), self.namespace());
-        let mut request = v1::CounterListRequest { prefix, limit: 1_000, namespace, ..Default::default() };
-        loop {
-            let reply = self
-                .read(|channel| {
-                    let (mut counters, request) = (self.counters_of(channel), request.clone());
-                    async move { counters.list(request).await }
-                })
-                .await?;
-            all.extend(reply.counters.into_iter().map(CounterInfo::from));
-            // An end that does not move on would be read forever.
-            if reply.next <= request.after {
-                return Ok(all);
-            }
-            request.after = reply.next;
-        }
+        let page = |after| async move {
+            let (prefix, namespace) = (prefix.to_owned(), self.namespace());
+            let request = v1::CounterListRequest { prefix, limit: 1_000, after, namespace, ..Default::default() };
+            let ask = |channel| {
+                let (mut counters, request) = (self.counters_of(channel), request.clone());
+                async move { counters.list(request).await }
+            };
+            let reply = self.read(ask).await?;
+            Ok((reply.counters.into_iter().map(CounterInfo::from).collect(), reply.next))
+        };
+        all_pages(page).await
     }
 
     /// Every sequence whose name begins with `prefix`, by name.
@@ -79,22 +73,17 @@ impl Client {
     /// # Errors
     /// As every read.
     pub async fn sequences(&self, prefix: &str) -> Result<Vec<SequenceInfo>, Error> {
-        let mut all = Vec::new();
-        let (prefix, namespace) = (prefix.to_owned(), self.namespace());
-        let mut request = v1::SequenceListRequest { prefix, limit: 1_000, namespace, ..Default::default() };
-        loop {
-            let reply = self
-                .read(|channel| {
-                    let (mut sequences, request) = (self.sequences_of(channel), request.clone());
-                    async move { sequences.list(request).await }
-                })
-                .await?;
-            all.extend(reply.sequences.into_iter().map(SequenceInfo::from));
-            if reply.next <= request.after {
-                return Ok(all);
-            }
-            request.after = reply.next;
-        }
+        let page = |after| async move {
+            let (prefix, namespace) = (prefix.to_owned(), self.namespace());
+            let request = v1::SequenceListRequest { prefix, limit: 1_000, after, namespace, ..Default::default() };
+            let ask = |channel| {
+                let (mut sequences, request) = (self.sequences_of(channel), request.clone());
+                async move { sequences.list(request).await }
+            };
+            let reply = self.read(ask).await?;
+            Ok((reply.sequences.into_iter().map(SequenceInfo::from).collect(), reply.next))
+        };
+        all_pages(page).await
     }
 }
 

@@ -16,7 +16,7 @@ use tenure_wire::tenure::v1::campaign_request::Wait;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::client::{Client, one_shot};
+use crate::client::{Client, all_pages, one_shot};
 use crate::clock::millis;
 use crate::error::{Code, Error, Outcome, of_read};
 use crate::lease::{LeaseState, LostReason};
@@ -39,23 +39,17 @@ impl Client {
     /// # Errors
     /// As every read.
     pub async fn elections(&self, prefix: &str) -> Result<Vec<ElectionInfo>, Error> {
-        let mut all = Vec::new();
-        let (prefix, namespace) = (prefix.to_owned(), self.namespace());
-        let mut request = v1::ElectionListRequest { prefix, limit: 1_000, namespace, ..Default::default() };
-        loop {
-            let reply = self
-                .read(|channel| {
-                    let (mut elections, request) = (self.elections_of(channel), request.clone());
-                    async move { elections.list(request).await }
-                })
-                .await?;
-            all.extend(reply.elections.into_iter().map(ElectionInfo::from));
-            // An end that does not move on would be read forever.
-            if reply.next <= request.after {
-                return Ok(all);
-            }
-            request.after = reply.next;
-        }
+        let page = |after| async move {
+            let (prefix, namespace) = (prefix.to_owned(), self.namespace());
+            let request = v1::ElectionListRequest { prefix, limit: 1_000, after, namespace, ..Default::default() };
+            let ask = |channel| {
+                let (mut elections, request) = (self.elections_of(channel), request.clone());
+                async move { elections.list(request).await }
+            };
+            let reply = self.read(ask).await?;
+            Ok((reply.elections.into_iter().map(ElectionInfo::from).collect(), reply.next))
+        };
+        all_pages(page).await
     }
 }
 

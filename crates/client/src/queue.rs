@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 
-use crate::client::Client;
+use crate::client::{Client, all_pages};
 use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, found};
 use crate::lease::{LeaseTiming, LostReason};
@@ -60,23 +60,17 @@ impl Client {
     /// # Errors
     /// As every read.
     pub async fn queues(&self, prefix: &str) -> Result<Vec<QueueInfo>, Error> {
-        let mut all = Vec::new();
-        let (prefix, namespace) = (prefix.to_owned(), self.namespace());
-        let mut request = v1::QueueListRequest { prefix, limit: 1_000, namespace, ..Default::default() };
-        loop {
-            let reply = self
-                .read(|channel| {
-                    let (mut queues, request) = (queues_of(channel), request.clone());
-                    async move { queues.list(request).await }
-                })
-                .await?;
-            all.extend(reply.queues.into_iter().map(QueueInfo::from));
-            // An end that does not move on would be read forever.
-            if reply.next <= request.after {
-                return Ok(all);
-            }
-            request.after = reply.next;
-        }
+        let page = |after| async move {
+            let (prefix, namespace) = (prefix.to_owned(), self.namespace());
+            let request = v1::QueueListRequest { prefix, limit: 1_000, after, namespace, ..Default::default() };
+            let ask = |channel| {
+                let (mut queues, request) = (queues_of(channel), request.clone());
+                async move { queues.list(request).await }
+            };
+            let reply = self.read(ask).await?;
+            Ok((reply.queues.into_iter().map(QueueInfo::from).collect(), reply.next))
+        };
+        all_pages(page).await
     }
 
     /// Looks at one job; `None` where its record is gone.

@@ -18,7 +18,7 @@ use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 use v1::services_client::ServicesClient;
 
-use crate::client::{Client, one_shot};
+use crate::client::{Client, all_pages, one_shot};
 use crate::clock::millis;
 use crate::error::{Code, Error, of_read};
 use crate::kv::Answering;
@@ -425,22 +425,17 @@ impl Registry {
     /// # Errors
     /// When no member answers.
     pub async fn services(&self) -> Result<Vec<ServiceSummary>, Error> {
-        let mut all = Vec::new();
-        let mut request =
-            v1::ServiceListRequest { limit: 1_000, namespace: self.client.namespace(), ..Default::default() };
-        loop {
+        let page = |after| async move {
+            let namespace = self.client.namespace();
+            let request = v1::ServiceListRequest { limit: 1_000, after, namespace, ..Default::default() };
             let ask = |channel| {
                 let (mut services, request) = (services(channel), request.clone());
                 async move { services.list(request).await }
             };
             let reply = self.client.read(ask).await?;
-            all.extend(reply.services.into_iter().map(ServiceSummary::from));
-            // An end that does not move on would be read forever.
-            if reply.next <= request.after {
-                return Ok(all);
-            }
-            request.after = reply.next;
-        }
+            Ok((reply.services.into_iter().map(ServiceSummary::from).collect(), reply.next))
+        };
+        all_pages(page).await
     }
 
     /// The instances of a service: those to call, unless told otherwise.

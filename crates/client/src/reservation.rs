@@ -13,7 +13,7 @@ use tenure_wire::tenure::v1::reserve_request::Wait;
 use tokio::sync::oneshot;
 use tonic::transport::Channel;
 
-use crate::client::{Client, one_shot};
+use crate::client::{Client, all_pages, one_shot};
 use crate::clock::{BootTime, millis};
 use crate::error::{Error, Outcome, found};
 use crate::kv::Answering;
@@ -134,27 +134,18 @@ impl Client {
     /// # Errors
     /// When no member answers.
     pub async fn pools(&self, prefix: impl Into<String>) -> Result<Vec<Pool>, Error> {
-        let mut all = Vec::new();
-        let mut request = v1::PoolListRequest {
-            prefix: prefix.into(),
-            limit: 1_000,
-            namespace: self.namespace(),
-            ..Default::default()
+        let prefix = &prefix.into();
+        let page = |after| async move {
+            let (prefix, namespace) = (prefix.clone(), self.namespace());
+            let request = v1::PoolListRequest { prefix, limit: 1_000, after, namespace, ..Default::default() };
+            let ask = |channel| {
+                let (mut pools, request) = (pools(channel), request.clone());
+                async move { pools.list(request).await }
+            };
+            let reply = self.read(ask).await?;
+            Ok((reply.pools.into_iter().map(Pool::from).collect(), reply.next))
         };
-        loop {
-            let reply = self
-                .read(|channel| {
-                    let (mut pools, request) = (pools(channel), request.clone());
-                    async move { pools.list(request).await }
-                })
-                .await?;
-            all.extend(reply.pools.into_iter().map(Pool::from));
-            // An end that does not move on would be read forever.
-            if reply.next <= request.after {
-                return Ok(all);
-            }
-            request.after = reply.next;
-        }
+        all_pages(page).await
     }
 
     /// Confirms a hold by its numbers, from whichever process.

@@ -19,7 +19,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::client::{Client, mismatched, one_shot};
+use crate::client::{Client, all_pages, mismatched, one_shot};
 use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, Problem};
 use crate::kv::Answering;
@@ -120,22 +120,17 @@ impl Client {
     /// # Errors
     /// When no member answers.
     pub async fn list_sessions(&self) -> Result<Vec<SessionInfo>, Error> {
-        let mut all = Vec::new();
-        let mut request = v1::SessionListRequest { limit: 1_000, namespace: self.namespace(), ..Default::default() };
-        loop {
-            let reply = self
-                .read(|channel| {
-                    let (mut sessions, request) = (self.sessions(channel), request.clone());
-                    async move { sessions.list(request).await }
-                })
-                .await?;
-            all.extend(reply.sessions.into_iter().map(SessionInfo::from));
-            // An end that does not move on would be read forever.
-            if reply.next <= request.after {
-                return Ok(all);
-            }
-            request.after = reply.next;
-        }
+        let page = |after| async move {
+            let namespace = self.namespace();
+            let request = v1::SessionListRequest { limit: 1_000, after, namespace, ..Default::default() };
+            let ask = |channel| {
+                let (mut sessions, request) = (self.sessions(channel), request.clone());
+                async move { sessions.list(request).await }
+            };
+            let reply = self.read(ask).await?;
+            Ok((reply.sessions.into_iter().map(SessionInfo::from).collect(), reply.next))
+        };
+        all_pages(page).await
     }
 }
 
