@@ -215,6 +215,11 @@ pub(crate) fn print_failure(message: &str, hint: Option<&str>) {
     }
 }
 
+/// A length of time in JSON; the longest there is where it is too long for that.
+pub(crate) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Reads a duration such as `15s`, `500ms`, `1m30s`, `2h`, or a plain number of seconds as `flock -w` takes it.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a duration: write 15s, 500ms, 1m30s or a number of seconds");

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tenure_client::{Client, Code, ElectionCandidate, ElectionInfo, Error, Leadership, Session};
 use tokio::time::timeout;
 
-use crate::common::{Common, Failure, Output, OutputArg, duration, exit, print_failure, print_table};
+use crate::common::{Common, Failure, Output, OutputArg, duration, exit, millis, print_failure, print_table};
 use crate::lock::{self, Ended, GOODBYE, Signals, Supervision, WarnSignal};
 
 /// Run a command while elected, or look at an election
@@ -284,8 +284,4 @@ fn document(info: &ElectionInfo) -> Value {
         "candidates": info.candidates.iter().map(candidate).collect::<Vec<_>>(),
         "candidate_count": info.candidate_count.to_string(),
     })
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

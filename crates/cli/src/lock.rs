@@ -21,7 +21,7 @@ use tenure_client::{BootTime, Code, Error, LockGuard, LockInfo, LockMode, OnDead
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-use crate::common::{Common, Failure, Output, duration, exit, print_failure, print_table};
+use crate::common::{Common, Failure, Output, duration, exit, millis, print_failure, print_table};
 
 /// The longest time that the warden sleeps. Timers stand still while the machine is suspended, so this is how late a kill may be then.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -342,7 +342,6 @@ fn seconds(time: Duration) -> String {
 }
 
 fn document(info: &LockInfo) -> Value {
-    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let holders = info.holders.iter().map(|holder| {
         json!({
             "token": holder.token.to_string(),
@@ -351,9 +350,9 @@ fn document(info: &LockInfo) -> Value {
             "mode": mode_name(holder.mode),
             "slots": holder.slots,
             "depth": holder.depth,
-            "held_ms": ms(holder.held),
-            "kept_ms": ms(holder.kept),
-            "remaining_ms": ms(holder.remaining),
+            "held_ms": millis(holder.held),
+            "kept_ms": millis(holder.kept),
+            "remaining_ms": millis(holder.remaining),
             "session_name": holder.session_name,
             "metadata": holder.metadata,
         })
@@ -365,17 +364,17 @@ fn document(info: &LockInfo) -> Value {
             "owner": waiter.owner,
             "mode": mode_name(waiter.mode),
             "priority": waiter.priority,
-            "waited_ms": ms(waiter.waited),
+            "waited_ms": millis(waiter.waited),
         })
     });
     let events = info.events.iter().map(|event| {
         json!({
             "kind": event.kind,
-            "ago_ms": ms(event.ago),
+            "ago_ms": millis(event.ago),
             "token": event.token.to_string(),
             "session": event.session.to_string(),
             "owner": event.owner,
-            "after_ms": ms(event.after),
+            "after_ms": millis(event.after),
             "detail": event.detail,
         })
     });

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tenure_client::{Client, Code, Error, Pool, PoolInfo, Reservation, ReservationChange};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::common::{Common, Failure, Output, OutputArg, duration, exit, print_failure, print_table};
+use crate::common::{Common, Failure, Output, OutputArg, duration, exit, millis, print_failure, print_table};
 
 #[derive(Debug, Args)]
 #[command(
@@ -287,10 +287,6 @@ async fn attend(
 }
 
 // ---- What is printed ----
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
 
 fn print_hold(hold: &Reservation, output: Output) {
     let (pool, id, token, quantity) = (hold.pool(), hold.id(), hold.token(), hold.quantity());

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use tenure_client::{Client, LeaseState, OnExpire, SessionInfo};
 
-use crate::common::{Common, Failure, Output, OutputArg, duration, exit, print_table};
+use crate::common::{Common, Failure, Output, OutputArg, duration, exit, millis, print_table};
 
 #[derive(Debug, Args)]
 pub(crate) struct SessionArgs {
@@ -209,10 +209,6 @@ fn document(session: &SessionInfo) -> Value {
         "owned_count": session.owned_count,
         "owned": session.owned.iter().map(owned).collect::<Vec<_>>(),
     })
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn shown(time: Duration) -> String {
