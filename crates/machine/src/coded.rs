@@ -22,12 +22,10 @@ macro_rules! coded_struct {
         $vis struct $name { $($(#[$field_meta])* $field_vis $field: $kind,)* }
 
         impl $crate::coded::Coded for $name {
-            #[allow(unused_variables, clippy::ptr_arg, reason = "one without fields writes nothing")]
             fn write(&self, b: &mut Vec<u8>) {
                 $($crate::coded::Coded::write(&self.$field, b);)*
             }
 
-            #[allow(unused_variables, reason = "one without fields reads nothing")]
             fn read(r: &mut $crate::codec::Reader<'_>, _: &'static str) -> Result<Self, $crate::codec::DecodeError> {
                 Ok(Self { $($field: $crate::coded::Coded::read(r, $what)?,)* })
             }

@@ -166,7 +166,6 @@ macro_rules! kinds {
             fn of(object: &Object) -> Option<&Self> {
                 match object {
                     Object::$kind(it) => Some(it),
-                    #[allow(unreachable_patterns, reason = "there may be one kind")]
                     _ => None,
                 }
             }

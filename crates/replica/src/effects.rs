@@ -70,9 +70,8 @@ impl fmt::Display for Refusal {
             Self::DiskFull => write!(f, "the disk is nearly full, only requests that free space are taken"),
             Self::TooLarge { bytes, max } => write!(f, "the request has {bytes} bytes, at most {max} are taken"),
             Self::Stopping => write!(f, "the member is stopping"),
-            Self::NotYet { behaviour } => {
-                write!(f, "this needs behaviour version {behaviour}, which the cluster has not reached")
-            }
+            // In the words of the state machine, which refuses it where it is proposed all the same.
+            Self::NotYet { behaviour } => write!(f, "{}", Rejection::NotYet { behaviour: *behaviour }),
         }
     }
 }
