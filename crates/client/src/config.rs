@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
-use std::future::IntoFuture;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +22,7 @@ use tonic::transport::Channel;
 
 use crate::client::{Client, all_pages, one_shot};
 use crate::error::{Code, Error, found, of_read};
-use crate::kv::Answering;
+use crate::kv::carried_out;
 
 /// Pause before the stream is opened again; it doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -200,14 +199,7 @@ impl<'a> PublishConfig<'a> {
     }
 }
 
-impl<'a> IntoFuture for PublishConfig<'a> {
-    type Output = Result<ConfigChange, Error>;
-    type IntoFuture = Answering<'a, ConfigChange>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(PublishConfig<'a> => ConfigChange, run);
 
 impl Client {
     /// Publishes a version of a key.
@@ -481,14 +473,7 @@ impl<'a> ReadConfig<'a> {
     }
 }
 
-impl<'a> IntoFuture for ReadConfig<'a> {
-    type Output = Result<Option<ConfigVersion>, Error>;
-    type IntoFuture = Answering<'a, Option<ConfigVersion>>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(ReadConfig<'a> => Option<ConfigVersion>, run);
 
 /// What became of a key; see [`ConfigWatch`].
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,7 +3,6 @@
 //! Promises. An addition happens at most once, however often its answer is lost. What a sequence gave to one caller it gives to nobody else.
 //! Not promised. A sequence without gaps: numbers that were given to a process that died are lost.
 
-use std::future::IntoFuture;
 use std::ops::{Range, RangeInclusive};
 
 use tenure_wire::tenure::v1;
@@ -11,7 +10,7 @@ use tenure_wire::tenure::v1::counter_expect::Fact;
 
 use crate::client::{Client, all_pages};
 use crate::error::{Error, found};
-use crate::kv::Answering;
+use crate::kv::carried_out;
 
 impl Client {
     /// The counter of this name. One that is not there counts as 0 and is made by its first change.
@@ -166,19 +165,6 @@ fn told(counter: Option<v1::Counter>) -> Result<CounterInfo, Error> {
     counter.map(CounterInfo::from).ok_or_else(|| Error::Protocol("an answer without the counter".to_owned()))
 }
 
-macro_rules! carried_out {
-    ($name:ident => $reply:ty) => {
-        impl<'a> IntoFuture for $name<'a> {
-            type Output = Result<$reply, Error>;
-            type IntoFuture = Answering<'a, $reply>;
-
-            fn into_future(self) -> Self::IntoFuture {
-                Box::pin(self.run())
-            }
-        }
-    };
-}
-
 /// An addition to be made; its answer is the counter afterwards. Refused with [`Code::Conflict`](crate::Code::Conflict) where the sum would leave the bounds or 64 bits:
 /// the fact `value` then tells where the counter is.
 #[derive(Clone, Debug)]
@@ -224,7 +210,7 @@ impl CounterAdd<'_> {
     }
 }
 
-carried_out!(CounterAdd => CounterInfo);
+carried_out!(CounterAdd<'a> => CounterInfo, run);
 
 macro_rules! expecting {
     ($name:ident) => {
@@ -259,7 +245,7 @@ pub struct CounterSet<'a> {
 }
 
 expecting!(CounterSet);
-carried_out!(CounterSet => CounterInfo);
+carried_out!(CounterSet<'a> => CounterInfo, run);
 
 impl CounterSet<'_> {
     async fn run(self) -> Result<CounterInfo, Error> {
@@ -285,7 +271,7 @@ pub struct CounterDelete<'a> {
 }
 
 expecting!(CounterDelete);
-carried_out!(CounterDelete => bool);
+carried_out!(CounterDelete<'a> => bool, run);
 
 impl CounterDelete<'_> {
     async fn run(self) -> Result<bool, Error> {

@@ -3,7 +3,7 @@
 //! Promises. Reads are linearizable unless `stale` is asked for. A change with [`LockProof`]s happens only if every one of those locks
 //! is held under exactly that token at the commit: the check and the change are one step.
 
-use std::future::{Future, IntoFuture};
+use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -18,6 +18,21 @@ use crate::lock::LockGuard;
 use crate::session::Session;
 
 pub(crate) type Answering<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
+
+/// Has a call that was made ready carried out when it is awaited.
+macro_rules! carried_out {
+    ($name:ident<'a> => $reply:ty, $run:ident) => {
+        impl<'a> ::std::future::IntoFuture for $name<'a> {
+            type Output = Result<$reply, $crate::error::Error>;
+            type IntoFuture = $crate::kv::Answering<'a, $reply>;
+
+            fn into_future(self) -> Self::IntoFuture {
+                Box::pin(self.$run())
+            }
+        }
+    };
+}
+pub(crate) use carried_out;
 
 /// A key with its value at one revision.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -113,19 +128,6 @@ fn expect_mod_revision(revision: u64) -> Option<v1::Expect> {
 
 fn expect_value(value: Bytes) -> Option<v1::Expect> {
     Some(v1::Expect { fact: Some(v1::expect::Fact::ValueBytes(value)) })
-}
-
-macro_rules! carried_out {
-    ($name:ident<'a> => $reply:ty, $run:ident) => {
-        impl<'a> IntoFuture for $name<'a> {
-            type Output = Result<$reply, Error>;
-            type IntoFuture = Answering<'a, $reply>;
-
-            fn into_future(self) -> Self::IntoFuture {
-                Box::pin(self.$run())
-            }
-        }
-    };
 }
 
 impl Client {

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::future::{Future, IntoFuture};
+use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep};
 use crate::client::{Client, Plan, mismatched, one_shot};
 use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, Outcome, Problem};
-use crate::kv::Answering;
+use crate::kv::carried_out;
 use crate::lease::{LeaseState, LostReason};
 use crate::requests;
 use crate::session::{Core, NamedRequest, Session};
@@ -288,14 +288,7 @@ impl<'a> Acquire<'a> {
     }
 }
 
-impl<'a> IntoFuture for Acquire<'a> {
-    type Output = Result<LockGuard, Error>;
-    type IntoFuture = Answering<'a, LockGuard>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(Acquire<'a> => LockGuard, run);
 
 fn too_many_open() -> Error {
     Error::Refused(Box::new(Problem {

@@ -6,7 +6,7 @@
 //! side can tell, by the key.
 
 use std::collections::BTreeMap;
-use std::future::{Future, IntoFuture};
+use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use tenure_wire::tenure::v1;
 use crate::client::{Client, mismatched};
 use crate::clock::millis;
 use crate::error::{Error, found};
-use crate::kv::Answering;
+use crate::kv::carried_out;
 use crate::pipeline::RECEIVE_BYTES;
 use crate::session::Session;
 
@@ -431,14 +431,7 @@ impl PutOnce<'_> {
     }
 }
 
-impl<'a> IntoFuture for PutOnce<'a> {
-    type Output = Result<Once, Error>;
-    type IntoFuture = Answering<'a, Once>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(PutOnce<'a> => Once, run);
 
 /// A marker to be claimed; see [`Client::claim`].
 #[derive(Clone, Debug)]
@@ -547,14 +540,7 @@ impl ClaimMarker<'_> {
     }
 }
 
-impl<'a> IntoFuture for ClaimMarker<'a> {
-    type Output = Result<Claimed, Error>;
-    type IntoFuture = Answering<'a, Claimed>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run_claim())
-    }
-}
+carried_out!(ClaimMarker<'a> => Claimed, run_claim);
 
 /// What came of [`ClaimMarker::run`].
 #[derive(Clone, Debug)]

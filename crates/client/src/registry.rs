@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::future::IntoFuture;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -21,7 +20,7 @@ use v1::services_client::ServicesClient;
 use crate::client::{Client, all_pages, one_shot};
 use crate::clock::millis;
 use crate::error::{Code, Error, of_read};
-use crate::kv::Answering;
+use crate::kv::carried_out;
 use crate::pipeline::RECEIVE_BYTES;
 use crate::requests;
 use crate::session::Session;
@@ -559,14 +558,7 @@ impl Registering<'_> {
     }
 }
 
-impl<'a> IntoFuture for Registering<'a> {
-    type Output = Result<Registered, Error>;
-    type IntoFuture = Answering<'a, Registered>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(Registering<'a> => Registered, run);
 
 /// A registered instance of this process. When it is dropped it is deregistered in the background.
 pub struct Registered {
@@ -831,25 +823,22 @@ pub struct Finding<'a> {
 
 filters!(Finding);
 
-impl<'a> IntoFuture for Finding<'a> {
-    type Output = Result<ServiceInstances, Error>;
-    type IntoFuture = Answering<'a, ServiceInstances>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move {
-            let Filter { service, health, tags, all } = self.filter;
-            let namespace = self.client.namespace();
-            let request = v1::ServiceGetRequest { service, health, tags, all, namespace, ..Default::default() };
-            let ask = |channel| {
-                let (mut services, request) = (services(channel), request.clone());
-                async move { services.get(request).await }
-            };
-            let reply = self.client.read(ask).await?;
-            let instances = reply.instances.into_iter().map(ServiceInstance::from).collect();
-            Ok(ServiceInstances { index: reply.index, guarded: reply.guarded, instances })
-        })
+impl Finding<'_> {
+    async fn run(self) -> Result<ServiceInstances, Error> {
+        let Filter { service, health, tags, all } = self.filter;
+        let namespace = self.client.namespace();
+        let request = v1::ServiceGetRequest { service, health, tags, all, namespace, ..Default::default() };
+        let ask = |channel| {
+            let (mut services, request) = (services(channel), request.clone());
+            async move { services.get(request).await }
+        };
+        let reply = self.client.read(ask).await?;
+        let instances = reply.instances.into_iter().map(ServiceInstance::from).collect();
+        Ok(ServiceInstances { index: reply.index, guarded: reply.guarded, instances })
     }
 }
+
+carried_out!(Finding<'a> => ServiceInstances, run);
 
 /// A cache to be filled; see [`Registry::follow`].
 #[derive(Clone, Debug)]
@@ -860,23 +849,20 @@ pub struct Following<'a> {
 
 filters!(Following);
 
-impl<'a> IntoFuture for Following<'a> {
-    type Output = Result<ServiceCache, Error>;
-    type IntoFuture = Answering<'a, ServiceCache>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move {
-            let time = self.client.timeout();
-            let opening = open_anywhere(self.client, &self.filter);
-            let late = |_| Err(Error::Unavailable { why: "no answer in time".to_owned() });
-            let (state, stream) = timeout(time, opening).await.unwrap_or_else(late)?;
-            let now = watch::Sender::new(Arc::new(state.shown()));
-            let receiver = now.subscribe();
-            let task = tokio::spawn(follow(self.client.clone(), self.filter, state, stream, now));
-            Ok(ServiceCache { now: receiver, task })
-        })
+impl Following<'_> {
+    async fn run(self) -> Result<ServiceCache, Error> {
+        let time = self.client.timeout();
+        let opening = open_anywhere(self.client, &self.filter);
+        let late = |_| Err(Error::Unavailable { why: "no answer in time".to_owned() });
+        let (state, stream) = timeout(time, opening).await.unwrap_or_else(late)?;
+        let now = watch::Sender::new(Arc::new(state.shown()));
+        let receiver = now.subscribe();
+        let task = tokio::spawn(follow(self.client.clone(), self.filter, state, stream, now));
+        Ok(ServiceCache { now: receiver, task })
     }
 }
+
+carried_out!(Following<'a> => ServiceCache, run);
 
 /// The instances of a service, kept current by a task. Dropping it ends that.
 ///

@@ -5,7 +5,6 @@
 //! Not promised. That giving back gets through: then the hold ends with its time, a little later.
 
 use std::fmt;
-use std::future::IntoFuture;
 use std::time::Duration;
 
 use tenure_wire::tenure::v1;
@@ -16,7 +15,7 @@ use tonic::transport::Channel;
 use crate::client::{Client, all_pages, one_shot};
 use crate::clock::{BootTime, millis};
 use crate::error::{Error, Outcome, found};
-use crate::kv::Answering;
+use crate::kv::carried_out;
 use crate::session::Session;
 
 /// The longest wait that the service takes.
@@ -268,14 +267,7 @@ impl<'a> Reserve<'a> {
     }
 }
 
-impl<'a> IntoFuture for Reserve<'a> {
-    type Output = Result<Reservation, Error>;
-    type IntoFuture = Answering<'a, Reservation>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(Reserve<'a> => Reservation, run);
 
 type Answer = oneshot::Sender<Result<v1::ReserveReply, Error>>;
 

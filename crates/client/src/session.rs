@@ -7,7 +7,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::future::IntoFuture;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -22,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::client::{Client, all_pages, mismatched, one_shot};
 use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, Problem};
-use crate::kv::Answering;
+use crate::kv::carried_out;
 use crate::lease::{Lease, LeaseState, LeaseTiming, LostReason};
 use crate::pipeline::{Answer, Undelivered};
 use crate::requests::{self, Sequence};
@@ -198,14 +197,7 @@ impl CreateSession<'_> {
     }
 }
 
-impl<'a> IntoFuture for CreateSession<'a> {
-    type Output = Result<Session, Error>;
-    type IntoFuture = Answering<'a, Session>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(CreateSession<'a> => Session, run);
 
 /// A live session of this process. Clones are the same session; when the last one and the last guard under it are dropped, the renewing
 /// stops and the session is ended in the background, so that waiters need not wait for the ttl.

@@ -6,22 +6,17 @@
 //! Relies on. The service keeps a ring of the newest changes of these kinds; keys have history and [`Client::watch`].
 
 use std::collections::{BTreeMap, VecDeque};
-use std::future::IntoFuture;
-use std::time::Duration;
 
 use tenure_wire::tenure::v1;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use v1::watch_reply::Type;
 use v1::watches_client::WatchesClient;
 
 use crate::client::Client;
 use crate::error::{Code, Error, Problem};
-use crate::kv::Answering;
+use crate::kv::carried_out;
 use crate::pipeline::RECEIVE_BYTES;
-use crate::watch::{lasting, pause};
-
-/// How long one member may take to take the watch up.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::watch::{Opens, lasting, open_anywhere, open_within, pause};
 
 /// A thing, as far as watchers are told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,7 +115,6 @@ impl WatchingThings<'_> {
     }
 
     async fn run(self) -> Result<ThingWatch, Error> {
-        let time = self.client.timeout();
         let mut watch = ThingWatch {
             client: self.client.clone(),
             request: self.request,
@@ -130,30 +124,12 @@ impl WatchingThings<'_> {
             tries: 0,
             over: false,
         };
-        let attempt = async {
-            loop {
-                match watch.open().await {
-                    Err(Error::Unavailable { .. }) => sleep(Duration::from_millis(50)).await,
-                    result => return result,
-                }
-            }
-        };
-        let opened = timeout(time, attempt).await;
-        opened.unwrap_or_else(|_| {
-            Err(Error::Unavailable { why: format!("no member took the watch up within {time:?}") })
-        })?;
+        open_within(self.client.timeout(), &mut watch).await?;
         Ok(watch)
     }
 }
 
-impl<'a> IntoFuture for WatchingThings<'a> {
-    type Output = Result<ThingWatch, Error>;
-    type IntoFuture = Answering<'a, ThingWatch>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(WatchingThings<'a> => ThingWatch, run);
 
 /// A stream of what happens to things. Dropping it ends the watch.
 #[derive(Debug)]
@@ -239,34 +215,25 @@ impl ThingWatch {
         }
         Ok(())
     }
+}
 
+impl Opens for ThingWatch {
     async fn open(&mut self) -> Result<(), Error> {
         if std::mem::take(&mut self.begun) {
             self.events.push_back(ThingEvent::Resync);
         }
-        let channels = self.client.channels().to_vec();
-        let mut why = String::new();
-        for channel in channels {
-            let mut client = WatchesClient::new(channel).max_decoding_message_size(RECEIVE_BYTES);
-            let opening = async {
-                let mut answers = client.watch(self.request.clone()).await?.into_inner();
+        let opening = open_anywhere(&self.client, |channel| {
+            let (mut client, request) = (WatchesClient::new(channel), self.request.clone());
+            client = client.max_decoding_message_size(RECEIVE_BYTES);
+            async move {
+                let mut answers = client.watch(request).await?.into_inner();
                 let first = answers.message().await?;
-                Ok::<_, tonic::Status>((answers, first))
-            };
-            match timeout(OPEN_TIMEOUT, opening).await {
-                Ok(Ok((answers, Some(first)))) => {
-                    self.answers = Some(answers);
-                    return self.take(first);
-                }
-                Ok(Ok((_, None))) => why = "the server closed the stream".to_owned(),
-                Ok(Err(status)) => {
-                    lasting(&status)?;
-                    why = status.message().to_owned();
-                }
-                Err(_) => why = format!("no answer within {OPEN_TIMEOUT:?}"),
+                Ok((answers, first))
             }
-        }
-        Err(Error::Unavailable { why })
+        });
+        let (answers, first) = opening.await?;
+        self.answers = Some(answers);
+        self.take(first)
     }
 }
 

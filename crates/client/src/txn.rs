@@ -6,7 +6,6 @@
 //! here is told so by the next call.
 
 use std::collections::BTreeMap;
-use std::future::IntoFuture;
 use std::ops::{Bound, RangeBounds};
 
 use bytes::Bytes;
@@ -22,7 +21,7 @@ use crate::config::{ConfigChange, ConfigRollout, PublishConfig};
 use crate::election::Leadership;
 use crate::error::Error;
 use crate::idempotent::{Attempt, StoredResult};
-use crate::kv::{Answering, Compare, LockProof, Op, RangeReply, Record};
+use crate::kv::{Compare, LockProof, Op, RangeReply, Record, carried_out};
 use crate::once::{Claim, Marker, MarkerName, OnceMark};
 use crate::pipeline::RECEIVE_BYTES;
 use crate::queue::{Delivery, Enqueued, JobMoved, NewJob};
@@ -787,14 +786,7 @@ impl Transaction<'_> {
     }
 }
 
-impl<'a> IntoFuture for Transaction<'a> {
-    type Output = Result<TransactionReply, Error>;
-    type IntoFuture = Answering<'a, TransactionReply>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(Transaction<'a> => TransactionReply, run);
 
 fn answered(body: v1::TxnBodyReply) -> Result<TransactionReply, Error> {
     let failed = body.failed.map(|failed| FailedCheck {

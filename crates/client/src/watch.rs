@@ -6,7 +6,6 @@
 //! Relies on. The etcd Watch service, which native keys of the namespace `default` share.
 
 use std::collections::VecDeque;
-use std::future::IntoFuture;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,10 +14,11 @@ use tenure_wire::etcd::mvccpb;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
 
 use crate::client::Client;
 use crate::error::{Code, Error, Problem};
-use crate::kv::{Answering, Record};
+use crate::kv::{Record, carried_out};
 use crate::pipeline::RECEIVE_BYTES;
 
 /// Longest pause between two tries to reconnect.
@@ -119,19 +119,12 @@ impl Watching<'_> {
             tries: 0,
             over: false,
         };
-        watch.open_within(self.client.timeout()).await?;
+        open_within(self.client.timeout(), &mut watch).await?;
         Ok(watch)
     }
 }
 
-impl<'a> IntoFuture for Watching<'a> {
-    type Output = Result<Watch, Error>;
-    type IntoFuture = Answering<'a, Watch>;
-
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.run())
-    }
-}
+carried_out!(Watching<'a> => Watch, run);
 
 /// A stream of changes. Dropping it ends the watch.
 #[derive(Debug)]
@@ -220,54 +213,70 @@ impl Watch {
         }
         Ok(())
     }
+}
 
-    async fn open_within(&mut self, time: Duration) -> Result<(), Error> {
-        let attempt = async {
-            loop {
-                match self.open().await {
-                    Err(Error::Unavailable { .. }) => sleep(Duration::from_millis(50)).await,
-                    result => return result,
-                }
-            }
-        };
-        match timeout(time, attempt).await {
-            Ok(result) => result,
-            Err(_) => Err(Error::Unavailable { why: format!("no member took the watch up within {time:?}") }),
-        }
-    }
-
+impl Opens for Watch {
     /// Opens the stream at the first endpoint that takes it, and waits for the word that the watch stands.
     async fn open(&mut self) -> Result<(), Error> {
         let start_revision = i64::try_from(self.next).unwrap_or(i64::MAX);
         let create = pb::WatchCreateRequest { start_revision, ..self.request.clone() };
-        let channels = self.client.channels().to_vec();
-        let mut why = String::new();
-        for channel in channels {
+        let opening = open_anywhere(&self.client, |channel| {
             let (requests, outgoing) = mpsc::channel(1);
             let union = pb::watch_request::RequestUnion::CreateRequest(create.clone());
             let mut client = pb::watch_client::WatchClient::new(channel).max_decoding_message_size(RECEIVE_BYTES);
-            let opening = async {
+            async move {
                 // The queue is empty and has a place, so this does not wait.
                 let _ = requests.send(pb::WatchRequest { request_union: Some(union) }).await;
                 let mut answers = client.watch(ReceiverStream::new(outgoing)).await?.into_inner();
                 let first = answers.message().await?;
-                Ok::<_, tonic::Status>((answers, first))
-            };
-            match timeout(OPEN_TIMEOUT, opening).await {
-                Ok(Ok((answers, Some(first)))) => {
-                    self.link = Some(Link { answers, _requests: requests });
-                    return self.take(first);
-                }
-                Ok(Ok((_, None))) => why = "the server closed the stream".to_owned(),
-                Ok(Err(status)) => {
-                    lasting(&status)?;
-                    why = status.message().to_owned();
-                }
-                Err(_) => why = format!("no answer within {OPEN_TIMEOUT:?}"),
+                Ok((Link { answers, _requests: requests }, first))
+            }
+        });
+        let (link, first) = opening.await?;
+        self.link = Some(link);
+        self.take(first)
+    }
+}
+
+/// What has a stream that is opened, and opened again where it was lost.
+pub(crate) trait Opens {
+    /// Once, at whichever endpoint takes it.
+    fn open(&mut self) -> impl Future<Output = Result<(), Error>> + Send;
+}
+
+/// Opens a stream at the first endpoint that takes it and says a first word.
+pub(crate) async fn open_anywhere<S, A, F, Fut>(client: &Client, mut open: F) -> Result<(S, A), Error>
+where
+    F: FnMut(Channel) -> Fut,
+    Fut: Future<Output = Result<(S, Option<A>), tonic::Status>>,
+{
+    let mut why = String::new();
+    for channel in client.channels() {
+        match timeout(OPEN_TIMEOUT, open(channel.clone())).await {
+            Ok(Ok((stream, Some(first)))) => return Ok((stream, first)),
+            Ok(Ok((_, None))) => why = "the server closed the stream".to_owned(),
+            Ok(Err(status)) => {
+                lasting(&status)?;
+                why = status.message().to_owned();
+            }
+            Err(_) => why = format!("no answer within {OPEN_TIMEOUT:?}"),
+        }
+    }
+    Err(Error::Unavailable { why })
+}
+
+/// Tries again until it is open, for so long.
+pub(crate) async fn open_within(time: Duration, watch: &mut impl Opens) -> Result<(), Error> {
+    let attempt = async {
+        loop {
+            match watch.open().await {
+                Err(Error::Unavailable { .. }) => sleep(Duration::from_millis(50)).await,
+                result => return result,
             }
         }
-        Err(Error::Unavailable { why })
-    }
+    };
+    let late = |_| Err(Error::Unavailable { why: format!("no member took the watch up within {time:?}") });
+    timeout(time, attempt).await.unwrap_or_else(late)
 }
 
 /// An error if trying again cannot help.
