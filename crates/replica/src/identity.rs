@@ -11,6 +11,8 @@ use tenure_machine::MemberId;
 
 pub(crate) const FILE: &str = "identity";
 pub(crate) const TEMPORARY: &str = "identity.tmp";
+/// With which number of a start the folder was turned away last.
+pub(crate) const TURNED_AWAY: &str = "turned-away";
 const FIRST_LINE: &str = "tenure member folder, format ";
 const FORMAT: u32 = 1;
 
@@ -111,12 +113,7 @@ impl Identity {
     }
 
     pub(crate) fn store(&self, disk: &mut dyn Disk) -> Result<(), OpenError> {
-        let io = |doing| move |error| OpenError::Io { doing, file: FILE.to_owned(), error };
-        disk.create(TEMPORARY, 0).map_err(io("create"))?;
-        disk.write(TEMPORARY, 0, &self.encode()).map_err(io("write"))?;
-        disk.sync(TEMPORARY).map_err(io("sync"))?;
-        disk.rename(TEMPORARY, FILE).map_err(io("rename"))?;
-        disk.sync_folder().map_err(io("sync the folder of"))
+        put(disk, FILE, &self.encode()).map_err(|(doing, error)| OpenError::Io { doing, file: FILE.to_owned(), error })
     }
 
     /// Where the checksums of this folder's records start, so that bytes of another folder, or bytes a client chose, do not pass.
@@ -129,6 +126,43 @@ impl Identity {
         // FNV-1a: only tells names apart, nothing rests on it.
         self.cluster.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
     }
+}
+
+/// A small file, whole or not at all.
+fn put(disk: &mut dyn Disk, name: &str, bytes: &[u8]) -> Result<(), (&'static str, std::io::Error)> {
+    let step = |doing| move |error| (doing, error);
+    disk.create(TEMPORARY, 0).map_err(step("create"))?;
+    disk.write(TEMPORARY, 0, bytes).map_err(step("write"))?;
+    disk.sync(TEMPORARY).map_err(step("sync"))?;
+    disk.rename(TEMPORARY, name).map_err(step("rename"))?;
+    disk.sync_folder().map_err(step("sync the folder of"))
+}
+
+/// Notes that the start of this number was turned away. The next ones keep to it until the folder is taken again: an older copy would
+/// otherwise pass for a newer one by being started often enough.
+pub(crate) fn turned_away(disk: &mut dyn Disk, boots: u64) -> Result<(), std::io::Error> {
+    let mut bytes = boots.to_le_bytes().to_vec();
+    bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
+    put(disk, TURNED_AWAY, &bytes).map_err(|(_, error)| error)
+}
+
+/// The number of the start that was turned away, if the last one that was judged was.
+pub(crate) fn was_turned_away(disk: &mut dyn Disk, names: &[String]) -> Result<Option<u64>, OpenError> {
+    if !names.iter().any(|name| name == TURNED_AWAY) {
+        return Ok(None);
+    }
+    let io = |error| OpenError::Io { doing: "read", file: TURNED_AWAY.to_owned(), error };
+    let bytes = disk.read(TURNED_AWAY, 0, 12).map_err(io)?;
+    let damaged = || OpenError::Damaged {
+        file: TURNED_AWAY.to_owned(),
+        offset: 0,
+        why: "its length or its checksum is wrong".to_owned(),
+    };
+    let (boots, crc) = bytes.split_at_checked(8).ok_or_else(damaged)?;
+    if crc32c::crc32c(boots).to_le_bytes() != crc {
+        return Err(damaged());
+    }
+    boots.try_into().map(u64::from_le_bytes).map(Some).map_err(|_| damaged())
 }
 
 fn unhex(text: &str) -> Option<[u8; 16]> {

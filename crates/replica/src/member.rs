@@ -133,6 +133,8 @@ pub struct Member<D: Disk> {
     campaign_tries: u32,
     /// Why this folder can be no member any more.
     expelled: Option<String>,
+    /// The number of an earlier start that was turned away; this one passes for no newer.
+    turned_away: Option<u64>,
     /// Members that are not in the table yet and were let in: name and address.
     strangers: BTreeMap<MemberId, (String, String)>,
     strangers_version: u64,
@@ -286,7 +288,10 @@ impl<D: Disk> Member<D> {
         } else {
             make_folder(&mut disk, &config, sizes, &names)?
         };
-        Self::start(disk, config, opened, alarms, now)
+        let turned_away = identity::was_turned_away(&mut disk, &names)?;
+        let mut member = Self::start(disk, config, opened, alarms, now)?;
+        member.turned_away = turned_away;
+        Ok(member)
     }
 
     fn start(disk: D, config: Config, opened: Opened, alarms: Vec<Alarm>, now: Millis) -> Result<Self, OpenError> {
@@ -340,6 +345,7 @@ impl<D: Disk> Member<D> {
             campaign_step: 0,
             campaign_tries: 0,
             expelled: None,
+            turned_away: None,
             strangers: BTreeMap::new(),
             strangers_version: 0,
             complaints: Complaints::default(),
@@ -594,8 +600,9 @@ impl<D: Disk> Member<D> {
         out: &mut Effects,
         send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
     ) -> Result<(), Fault> {
-        if let Some(why) = &self.expelled {
-            return Err(Fault::Expelled { why: why.clone() });
+        if let Some(why) = self.expelled.clone() {
+            self.note_turned_away();
+            return Err(Fault::Expelled { why });
         }
         let ticks = self.clock.advance(now);
         for _ in 0..ticks {

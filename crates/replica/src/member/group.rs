@@ -9,6 +9,7 @@
 
 use super::*;
 use crate::effects::PeerStatus;
+use crate::identity;
 use crate::peer::{Hello, PeerFacts, PeerMessage, PeerRefusal};
 use crate::store::everybody;
 use sha2::Digest as _;
@@ -93,7 +94,17 @@ impl<D: Disk> Member<D> {
 
     /// The number of this start of the folder, which only rises, and below it some bits of the life's own draw.
     fn boots(&self) -> u64 {
-        self.log.life() << BOOT_BITS | self.config.boot & ((1 << BOOT_BITS) - 1)
+        self.turned_away.unwrap_or(self.log.life() << BOOT_BITS | self.config.boot & ((1 << BOOT_BITS) - 1))
+    }
+
+    /// Whoever starts this folder again is not to take it for newer than it is.
+    pub(super) fn note_turned_away(&mut self) {
+        if self.turned_away.is_none() {
+            let boots = self.boots();
+            if identity::turned_away(&mut self.disk, boots).is_ok() {
+                self.turned_away = Some(boots);
+            }
+        }
     }
 
     /// Judges the hello of a connection, whoever made it. From then on that life of the peer is connected.
@@ -390,6 +401,10 @@ impl<D: Disk> Member<D> {
             return;
         }
         self.registering = None;
+        if result.is_ok() && self.turned_away.is_some() {
+            // Taken after all: the reason was another one. This start keeps its number and the next has its own; if the file stays, the next but one.
+            let _ = self.disk.remove(identity::TURNED_AWAY);
+        }
         // One that was removed goes when the configuration is without it: until then its vote may be needed.
         if let Err(rejection @ (Rejection::OtherStorage { .. } | Rejection::RolledBack { .. })) = result {
             self.expelled = Some(rejection.to_string());
