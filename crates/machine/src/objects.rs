@@ -152,6 +152,7 @@ pub(crate) struct Indexes {
     pub(crate) lock_events: crate::lock_events::Index,
     pub(crate) queues: crate::queues::Index,
     pub(crate) registry: crate::registry::Index,
+    pub(crate) schedules: crate::schedules::Index,
 }
 
 macro_rules! kinds {

@@ -370,7 +370,7 @@ impl Machine {
             });
         }
         let limit = self.memory_limits.hard;
-        let growth = ops_growth(&txn.then).max(ops_growth(&txn.otherwise));
+        let growth = self.ops_growth(txn.namespace, &txn.then).max(self.ops_growth(txn.namespace, &txn.otherwise));
         if limit == 0 || growth == 0 {
             return Ok(());
         }
@@ -423,19 +423,19 @@ impl Machine {
     pub fn maintain(&mut self, budget: usize) -> bool {
         self.keys.maintain(budget)
     }
-}
 
-/// An upper bound of the bytes that operations add; what takes away counts as nothing, even though it leaves tombstones.
-fn ops_growth(ops: &[Op]) -> u64 {
-    /// Beside keys, values and names.
-    const THING: u64 = 512;
-    let growth = ops.iter().map(|op| match op {
-        Op::Put(p) => THING + (2 * p.key.as_bytes().len() + p.value.len()) as u64,
-        Op::SessionCreate(_) => 2 * THING,
-        Op::LockAcquire(a) => 2 * THING + 2 * (a.name.len() + a.owner.len()) as u64,
-        Op::Native(op) => op.growth(),
-        Op::Txn(sub) => ops_growth(&sub.then).max(ops_growth(&sub.otherwise)),
-        _ => 0,
-    });
-    growth.sum()
+    /// An upper bound of the bytes that operations add; what takes away counts as nothing, even though it leaves tombstones.
+    fn ops_growth(&self, namespace: NamespaceId, ops: &[Op]) -> u64 {
+        /// Beside keys, values and names.
+        const THING: u64 = 512;
+        let growth = ops.iter().map(|op| match op {
+            Op::Put(p) => THING + (2 * p.key.as_bytes().len() + p.value.len()) as u64,
+            Op::SessionCreate(_) => 2 * THING,
+            Op::LockAcquire(a) => 2 * THING + 2 * (a.name.len() + a.owner.len()) as u64,
+            Op::Native(op) => op.growth() + self.scheduled_growth(namespace, op),
+            Op::Txn(sub) => self.ops_growth(namespace, &sub.then).max(self.ops_growth(namespace, &sub.otherwise)),
+            _ => 0,
+        });
+        growth.sum()
+    }
 }

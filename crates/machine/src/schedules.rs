@@ -2,22 +2,27 @@
 //!
 //! Promises. K1: a tick is an instant of the calendar, and the commit that enqueues its job moves the last tick of the schedule to it: no tick is
 //! done twice, whoever leads and however often it is proposed. K2: a schedule that was changed, paused or deleted does not take a tick that was
-//! proposed before. K3: ticks during a pause are never made up for.
+//! proposed before. K3: ticks during a pause are never made up for. K4: a tick whose job the queue does not take stays to come, and the schedule tells
+//! why; what a schedule's jobs are with all that a tick adds is within the limits of jobs, or the schedule is refused.
 //! Not promised. What a calendar means: the leader reads it, by its wall clock, and proposes instants; here they are numbers that only rise. A leader
 //! whose wall clock is ahead brings ticks forward, and none comes a second time when the clock is right again.
-//! Relies on. `queues` for the job: without room in the queue the tick is refused as a whole, and is proposed again.
+//! Relies on. `queues` for the job: it takes the job whole or changes nothing but for a queue that it makes.
 
 use crate::apply::{Commit, Machine, invalid};
 use crate::coded::{coded_enum, coded_struct};
-use crate::native::{Refusal, RefusalCode};
-use crate::objects::{self, Lived, ObjectKey};
+use crate::native::{NativeOp, Refusal, RefusalCode};
+use crate::objects::{self, Indexes, Lived, ObjectKey};
 use crate::queues::{Dedup, DedupScope, Enqueued, NewJob, OnDuplicate, check_job, check_queue_name};
 use crate::reply::{OpReply, Rejection};
 use crate::types::*;
 use crate::waits::Waiter;
+use std::collections::BTreeSet;
+use std::ops::Bound;
 use std::sync::Arc;
 
-/// Bytes of a calendar as it is written.
+/// Bytes of the name of a schedule, which is part of a key that keeps its jobs from overlapping.
+pub const SCHEDULE_NAME_MAX: usize = 240;
+/// Bytes of a calendar as it is written, and of the name of a time zone.
 pub const CALENDAR_BYTES_MAX: usize = 255;
 /// What an operation may add beside what it names.
 const GROWTH: u64 = 512;
@@ -41,6 +46,8 @@ coded_struct! {
     pub struct SchedulePlan as "a plan" {
         /// As it was written; read by the leader only.
         pub calendar: Box<str>,
+        /// In which it is read; empty is UTC.
+        pub zone: Box<str>,
         pub queue: Box<[u8]>,
         pub job: NewJob,
         pub missed: Missed,
@@ -64,6 +71,17 @@ coded_struct! {
         pub enqueued: u64,
         /// The newest of them.
         pub job: Option<Enqueued>,
+        /// The newest tick that the queue did not take, until one is taken.
+        pub trouble: Option<Trouble>,
+    }
+}
+
+coded_struct! {
+    #[derive(Eq)]
+    pub struct Trouble as "a refused tick" {
+        /// The tick.
+        pub at: u64,
+        pub why: Box<str>,
     }
 }
 
@@ -71,13 +89,57 @@ impl Lived for Schedule {
     const WATCHED: bool = false;
 
     fn bytes(&self) -> u64 {
-        self.plan.bytes()
+        self.plan.bytes() + self.trouble.as_ref().map_or(0, |trouble| trouble.why.len() as u64)
+    }
+
+    fn note(indexes: &mut Indexes, key: &ObjectKey, old: Option<&Self>, new: Option<&Self>) {
+        indexes.schedules.note(key, old, new);
+    }
+}
+
+impl Schedule {
+    /// When the leader is to look at it: at once (0), or at its next tick.
+    fn due(&self) -> Option<u64> {
+        (!self.paused).then(|| self.next.unwrap_or(0))
+    }
+}
+
+/// What follows from the table: schedules by when they are due.
+#[derive(Default)]
+pub(crate) struct Index {
+    due: BTreeSet<(u64, ObjectKey)>,
+}
+
+impl Index {
+    fn note(&mut self, key: &ObjectKey, old: Option<&Schedule>, new: Option<&Schedule>) {
+        let (old, new) = (old.and_then(Schedule::due), new.and_then(Schedule::due));
+        if old == new {
+            return;
+        }
+        if let Some(due) = old {
+            self.due.remove(&(due, key.clone()));
+        }
+        if let Some(due) = new {
+            self.due.insert((due, key.clone()));
+        }
     }
 }
 
 impl SchedulePlan {
     fn bytes(&self) -> u64 {
-        self.job.growth() + (self.queue.len() + self.calendar.len()) as u64
+        self.job.growth() + (self.queue.len() + self.calendar.len() + self.zone.len()) as u64
+    }
+
+    /// The job of a tick, or of a run beside the calendar.
+    fn job_of(&self, name: &[u8], tick: Option<u64>) -> NewJob {
+        let mut terms = self.job.terms.as_deref().cloned().unwrap_or_default();
+        terms.headers.push((SCHEDULE_HEADER.into(), String::from_utf8_lossy(name).into()));
+        terms.headers.extend(tick.map(|tick| (TICK_HEADER.into(), tick.to_string().into())));
+        if self.no_overlap {
+            let of_schedule = [b"schedule:", name].concat();
+            terms.dedup = Some(Dedup { key: of_schedule.into(), scope: DedupScope::UntilDone });
+        }
+        NewJob { terms: Some(Arc::new(terms)), on_duplicate: OnDuplicate::ReturnExisting, ..self.job.clone() }
     }
 }
 
@@ -99,6 +161,8 @@ coded_struct! {
     pub struct SchedulePut as "a new schedule" {
         pub name: Box<[u8]>,
         pub plan: SchedulePlan,
+        /// Refused unless this was its last change; 0: unless there is none.
+        pub expect: Option<Revision>,
     }
 }
 
@@ -126,15 +190,36 @@ coded_struct! {
 coded_enum! {
     /// What came of it.
     pub enum ScheduleReply as "a schedule answer" {
-        /// Whether it is new.
-        Stored(bool) = 1,
+        Stored(ScheduleStored) = 1,
         /// Whether there was one.
         Deleted(bool) = 2,
-        /// It is as was asked for.
-        Done = 3,
+        /// It is as was asked for, since this commit.
+        Done(Revision) = 3,
         Ran(Enqueued) = 4,
-        /// Whether the schedule took the tick.
-        Ticked(bool) = 5,
+        Ticked(Ticked) = 5,
+    }
+}
+
+coded_struct! {
+    #[derive(Copy, Eq)]
+    pub struct ScheduleStored as "a stored schedule" {
+        /// Whether it is new.
+        pub created: bool,
+        /// The commit of its last change.
+        pub changed: Revision,
+    }
+}
+
+coded_enum! {
+    /// What became of a tick.
+    #[derive(Eq)]
+    pub enum Ticked as "what became of a tick" {
+        /// It was of an earlier plan, or is done already.
+        Stale = 1,
+        /// Done, or left out as was proposed.
+        Taken = 2,
+        /// The queue did not take the job; the tick is still to come.
+        Refused(Box<str>) = 3,
     }
 }
 
@@ -143,7 +228,7 @@ impl ScheduleOp {
     pub(crate) fn growth(&self) -> u64 {
         match self {
             Self::Put(put) => GROWTH + put.name.len() as u64 + put.plan.bytes(),
-            // The job shares its payload with the schedule.
+            // And the job, which the state knows: see `scheduled_growth`.
             Self::Run(_) | Self::Tick(_) => GROWTH,
             Self::Delete(_) | Self::Pause(_) | Self::Resume(_) => 0,
         }
@@ -163,32 +248,32 @@ impl Commit<'_> {
             ScheduleOp::Pause(ScheduleName { name }) => self.schedule_pause(name, true),
             ScheduleOp::Resume(ScheduleName { name }) => self.schedule_pause(name, false),
             ScheduleOp::Run(ScheduleName { name }) => self.schedule_run(name),
-            ScheduleOp::Tick(tick) => self.schedule_tick(tick),
+            ScheduleOp::Tick(tick) => Ok(ScheduleReply::Ticked(self.schedule_tick(tick))),
         };
         reply.map(Into::into)
     }
 
     fn schedule_put(&mut self, put: &SchedulePut) -> Result<ScheduleReply, Rejection> {
-        objects::check_name("a schedule", &put.name)?;
-        if put.plan.calendar.is_empty() || put.plan.calendar.len() > CALENDAR_BYTES_MAX {
-            return Err(invalid(format!("a calendar has 1 to {CALENDAR_BYTES_MAX} bytes")));
-        }
-        check_queue_name(&put.plan.queue)?;
-        check_job(&put.plan.job)?;
+        check_put(put)?;
         let key = self.object_key::<Schedule>(&put.name);
         let found = self.object::<Schedule>(&key).cloned();
+        check_expected(put, found.as_ref())?;
         let plan = Arc::new(put.plan.clone());
-        let schedule = match &found {
-            None => Schedule { plan, paused: false, changed: self.at, last: 0, next: None, enqueued: 0, job: None },
-            Some(old) if old.plan == plan => return Ok(ScheduleReply::Stored(false)),
+        let created = found.is_none();
+        let (next, changed) = (None, self.at);
+        let schedule = match found {
+            None => Schedule { plan, paused: false, changed, last: 0, next, enqueued: 0, job: None, trouble: None },
+            Some(old) if old.plan == plan => {
+                return Ok(ScheduleReply::Stored(ScheduleStored { created, changed: old.changed }));
+            }
             Some(old) => {
                 // The same calendar goes on where it is; another one begins from now.
-                let next = old.next.filter(|_| old.plan.calendar == plan.calendar);
-                Schedule { plan, changed: self.at, next, ..old.clone() }
+                let same = (&old.plan.calendar, &old.plan.zone) == (&plan.calendar, &plan.zone);
+                Schedule { plan, changed, next: old.next.filter(|_| same), trouble: None, ..old }
             }
         };
         self.put_object(&key, schedule);
-        Ok(ScheduleReply::Stored(found.is_none()))
+        Ok(ScheduleReply::Stored(ScheduleStored { created, changed }))
     }
 
     fn schedule_delete(&mut self, name: &[u8]) -> ScheduleReply {
@@ -200,15 +285,16 @@ impl Commit<'_> {
 
     fn schedule_pause(&mut self, name: &[u8], paused: bool) -> Result<ScheduleReply, Rejection> {
         let (key, schedule) = self.schedule(name)?;
-        if schedule.paused != paused {
-            self.put_object(&key, Schedule { paused, changed: self.at, next: None, ..schedule });
+        if schedule.paused == paused {
+            return Ok(ScheduleReply::Done(schedule.changed));
         }
-        Ok(ScheduleReply::Done)
+        self.put_object(&key, Schedule { paused, changed: self.at, next: None, ..schedule });
+        Ok(ScheduleReply::Done(self.at))
     }
 
     fn schedule_run(&mut self, name: &[u8]) -> Result<ScheduleReply, Rejection> {
         let (key, schedule) = self.schedule(name)?;
-        let job = self.enqueue_scheduled(&key, &schedule.plan, None)?;
+        let job = self.enqueue_job(&schedule.plan.queue, &schedule.plan.job_of(name, None))?;
         self.put_object(
             &key,
             Schedule { enqueued: schedule.enqueued + u64::from(!job.duplicate), job: Some(job.clone()), ..schedule },
@@ -216,42 +302,34 @@ impl Commit<'_> {
         Ok(ScheduleReply::Ran(job))
     }
 
-    fn schedule_tick(&mut self, tick: &ScheduleTick) -> Result<ScheduleReply, Rejection> {
+    fn schedule_tick(&mut self, tick: &ScheduleTick) -> Ticked {
         let key = self.object_key::<Schedule>(&tick.name);
-        let Some(schedule) = self.object::<Schedule>(&key).cloned() else { return Ok(ScheduleReply::Ticked(false)) };
+        let Some(schedule) = self.object::<Schedule>(&key).cloned() else { return Ticked::Stale };
         // Who proposed it may have lost the lead since, and another may have done the tick.
         let is_news = if tick.run { tick.at > schedule.last } else { tick.at >= schedule.last };
         if schedule.changed != tick.changed || schedule.paused || !is_news || tick.next <= tick.at {
-            return Ok(ScheduleReply::Ticked(false));
+            return Ticked::Stale;
         }
-        let moved = Schedule { last: tick.at, next: Some(tick.next), ..schedule };
-        let schedule = if tick.run {
-            let job = self.enqueue_scheduled(&key, &moved.plan, Some(tick.at))?;
-            Schedule { enqueued: moved.enqueued + u64::from(!job.duplicate), job: Some(job), ..moved }
-        } else {
-            moved
+        let plan = schedule.plan.clone();
+        let moved = Schedule { last: tick.at, next: Some(tick.next), ..schedule.clone() };
+        let moved = match tick.run.then(|| self.enqueue_job(&plan.queue, &plan.job_of(&tick.name, Some(tick.at)))) {
+            None => moved,
+            Some(Ok(job)) => {
+                let enqueued = moved.enqueued + u64::from(!job.duplicate);
+                Schedule { enqueued, job: Some(job), trouble: None, ..moved }
+            }
+            Some(Err(why)) => {
+                let why: Box<str> = why.to_string().into();
+                let trouble = Some(Trouble { at: tick.at, why: why.clone() });
+                // Said once, however often it is proposed again.
+                if schedule.trouble != trouble {
+                    self.put_object(&key, Schedule { trouble, ..schedule });
+                }
+                return Ticked::Refused(why);
+            }
         };
-        self.put_object(&key, schedule);
-        Ok(ScheduleReply::Ticked(true))
-    }
-
-    fn enqueue_scheduled(
-        &mut self,
-        key: &ObjectKey,
-        plan: &SchedulePlan,
-        tick: Option<u64>,
-    ) -> Result<Enqueued, Rejection> {
-        let name = String::from_utf8_lossy(key.name());
-        let mut terms = plan.job.terms.as_deref().cloned().unwrap_or_default();
-        terms.headers.push((SCHEDULE_HEADER.into(), name.as_ref().into()));
-        terms.headers.extend(tick.map(|tick| (TICK_HEADER.into(), tick.to_string().into())));
-        if plan.no_overlap {
-            let of_schedule = [b"schedule:", key.name()].concat();
-            terms.dedup = Some(Dedup { key: of_schedule.into(), scope: DedupScope::UntilDone });
-        }
-        let job =
-            NewJob { terms: Some(Arc::new(terms)), on_duplicate: OnDuplicate::ReturnExisting, ..plan.job.clone() };
-        self.enqueue_job(&plan.queue, &job)
+        self.put_object(&key, moved);
+        Ticked::Taken
     }
 
     fn schedule(&self, name: &[u8]) -> Result<(ObjectKey, Schedule), Rejection> {
@@ -267,6 +345,32 @@ impl Commit<'_> {
     }
 }
 
+fn check_put(put: &SchedulePut) -> Result<(), Rejection> {
+    objects::check_name("a schedule", &put.name)?;
+    if put.name.len() > SCHEDULE_NAME_MAX {
+        return Err(invalid(format!("the name of a schedule has 1 to {SCHEDULE_NAME_MAX} bytes")));
+    }
+    let plan = &put.plan;
+    if plan.calendar.is_empty() || plan.calendar.len() > CALENDAR_BYTES_MAX || plan.zone.len() > CALENDAR_BYTES_MAX {
+        return Err(invalid(format!("a calendar has 1 to {CALENDAR_BYTES_MAX} bytes, and a time zone no more")));
+    }
+    check_queue_name(&plan.queue)?;
+    check_job(&plan.job_of(&put.name, Some(u64::MAX)))
+}
+
+fn check_expected(put: &SchedulePut, found: Option<&Schedule>) -> Result<(), Rejection> {
+    let revision = found.map_or(Revision(0), |schedule| schedule.changed);
+    if put.expect.is_none_or(|expected| expected == revision) {
+        return Ok(());
+    }
+    let why = match found {
+        None => "there is no such schedule".to_owned(),
+        Some(_) => format!("the schedule was changed at revision {revision}"),
+    };
+    let refusal = Refusal::new(RefusalCode::Conflict, why);
+    Err(if found.is_some() { refusal.fact("revision", revision) } else { refusal }.into())
+}
+
 /// A schedule whose next tick has come, for whoever leads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DueSchedule {
@@ -276,14 +380,41 @@ pub struct DueSchedule {
 }
 
 impl Machine {
-    /// Up to `max` schedules that a tick is due for at this instant of the wall clock, or that are to begin.
-    pub fn due_schedules(&self, now: u64, max: usize) -> Vec<DueSchedule> {
-        let of = |namespace| {
-            let all = self.objects.list::<Schedule>(namespace, b"", None);
-            all.filter(|(_, schedule)| !schedule.paused && schedule.next.is_none_or(|next| next <= now)).map(
-                move |(key, schedule)| DueSchedule { namespace, name: key.name().into(), schedule: schedule.clone() },
-            )
+    /// Up to `max` schedules of every namespace that a tick is due for at this instant of the wall clock, or that are to begin: the longest due first.
+    /// In pages: give the last of the page before to read on.
+    pub fn due_schedules(&self, now: u64, after: Option<&DueSchedule>, max: usize) -> Vec<DueSchedule> {
+        let from =
+            after.and_then(|last| Some((last.schedule.due()?, ObjectKey::of::<Schedule>(last.namespace, &last.name))));
+        let due = self
+            .objects
+            .indexes
+            .schedules
+            .due
+            .range((from.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded));
+        let due = due.take_while(|(at, _)| *at <= now).filter_map(|(_, key)| {
+            let schedule = self.objects.get::<Schedule>(key)?.clone();
+            Some(DueSchedule { namespace: key.namespace(), name: key.name().into(), schedule })
+        });
+        due.take(max).collect()
+    }
+
+    /// The first tick behind this instant of the wall clock.
+    pub fn next_schedule(&self, now: u64) -> Option<u64> {
+        let due = &self.objects.indexes.schedules.due;
+        // No key is behind all keys of an instant, so the next instant is where to look.
+        let first = (now.checked_add(1)?, ObjectKey::of::<Schedule>(NamespaceId(0), b""));
+        due.range(first..).next().map(|(at, _)| *at)
+    }
+
+    /// What the job of a tick or run takes beside the operation itself.
+    pub(crate) fn scheduled_growth(&self, namespace: NamespaceId, op: &NativeOp) -> u64 {
+        let NativeOp::Schedule(op) = op else { return 0 };
+        let name = match op {
+            ScheduleOp::Run(ScheduleName { name }) => name,
+            ScheduleOp::Tick(tick) if tick.run => &tick.name,
+            _ => return 0,
         };
-        of(NamespaceId::DEFAULT).take(max).collect()
+        let schedule = self.objects.get::<Schedule>(&ObjectKey::of::<Schedule>(namespace, name));
+        schedule.map_or(0, |schedule| schedule.plan.bytes())
     }
 }
