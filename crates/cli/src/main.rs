@@ -17,6 +17,7 @@ mod once;
 mod queue;
 mod reserve;
 mod restore;
+mod schedule;
 mod serve;
 mod service;
 mod session;
@@ -75,6 +76,8 @@ enum Command {
     Queue(queue::QueueArgs),
     /// Reserve a part of a pool
     Reserve(reserve::ReserveArgs),
+    /// Enqueue jobs by the calendar
+    Schedule(schedule::ScheduleArgs),
     /// Register and find instances of services
     Service(service::ServiceArgs),
     /// Run one transaction over all primitives
@@ -136,6 +139,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Once(args) => block_on(once::run(&common, args)),
         Command::Queue(args) => block_on(queue::run(&common, args)),
         Command::Reserve(args) => block_on(reserve::run(&common, args)),
+        Command::Schedule(args) => block_on(schedule::run(&common, args)),
         Command::Service(args) => block_on(service::run(&common, args)),
         Command::Txn(args) => block_on(txn::run(&common, args)),
         Command::Snapshot(args) => block_on(snapshot::run(&common, args)),

@@ -124,6 +124,36 @@ fn three_start_together_and_say_when_they_have_no_majority() {
 }
 
 #[test]
+fn no_tick_of_a_schedule_comes_twice_when_the_leader_changes() {
+    let (mut members, cluster) = three();
+    let endpoints: Vec<String> = members.iter().map(|m| m.address().to_owned()).collect();
+    let all = endpoints.join(",");
+    ok(&all, &["schedule", "put", "s", "@every 1s", "q", "x"]);
+    let enqueued = || -> u64 { json(&all, &["schedule", "get", "s"])["enqueued"].as_str().unwrap().parse().unwrap() };
+    for round in 1..=4 {
+        wait_for("the next tick", LIMIT, || enqueued() >= round);
+        let heir = ["n0", "n1", "n2"].into_iter().find(|name| *name != leader(&endpoints[0])).unwrap();
+        ok(&all, &["member", "move-leader", heir]);
+    }
+    // One that leads dies, and whoever follows goes on.
+    let led = leader(&endpoints[0]);
+    let dead = members.iter().position(|member| member.name == led).unwrap();
+    members[dead].server.kill();
+    let before = enqueued();
+    wait_for("ticks of the next leader", LIMIT, || enqueued() >= before + 2);
+    members[dead].begin_again(&["--cluster", &cluster]);
+    members[dead].server.await_ready();
+    ok(&all, &["schedule", "pause", "s"]);
+    let jobs = json(&all, &["queue", "receive", "q", "--max", "100"]);
+    let tick = |job: &Value| job["headers"]["tenure-tick-ms"].as_str().unwrap().parse::<u64>().unwrap();
+    let mut ticks: Vec<u64> = jobs.as_array().unwrap().iter().map(tick).collect();
+    assert_eq!(ticks.len() as u64, enqueued());
+    ticks.sort_unstable();
+    let first = ticks[0];
+    assert!(ticks.iter().all(|tick| (tick - first) % 1_000 == 0) && ticks.is_sorted_by(|a, b| a < b), "{ticks:?}");
+}
+
+#[test]
 fn one_grows_to_three_and_shrinks_again() {
     let mut first = Member::begin("n0", &free_address(), &[]);
     first.server.await_ready();

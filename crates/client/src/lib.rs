@@ -51,6 +51,7 @@ mod queue;
 mod registry;
 mod requests;
 mod reservation;
+mod schedule;
 mod session;
 mod things;
 #[cfg(feature = "tower")]
@@ -91,6 +92,7 @@ pub use registry::{
     ServiceInstances, ServiceSummary,
 };
 pub use reservation::{Hold, HoldState, Pool, PoolInfo, PoolWaiter, Reservation, ReservationChange, Reserve};
+pub use schedule::{PutSchedule, Schedule, ScheduleInfo, ScheduleStored};
 pub use session::{CreateSession, OnExpire, Session, SessionInfo};
 pub use things::{Thing, ThingEvent, ThingWatch, WatchingThings};
 pub use txn::{

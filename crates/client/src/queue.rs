@@ -215,7 +215,7 @@ pub struct JobBeat {
 
 /// A job to be enqueued. Text and bytes become jobs without anything else.
 #[derive(Clone, Debug, Default)]
-pub struct NewJob(v1::NewJob);
+pub struct NewJob(pub(crate) v1::NewJob);
 
 impl<T: Into<Vec<u8>>> From<T> for NewJob {
     fn from(payload: T) -> Self {

@@ -143,7 +143,7 @@ impl NativeOp {
             Self::Counter(op) => matches!(op, CounterOp::Delete(_)),
             Self::Config(op) => matches!(op, ConfigOp::Delete(_) | ConfigOp::Purge(_)),
             Self::Condition(_) => true,
-            Self::Schedule(_) => false,
+            Self::Schedule(op) => matches!(op, crate::schedules::ScheduleOp::Delete(_) | crate::schedules::ScheduleOp::Pause(_)),
         }
     }
 

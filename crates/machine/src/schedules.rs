@@ -51,6 +51,8 @@ coded_struct! {
         pub queue: Box<[u8]>,
         pub job: NewJob,
         pub missed: Missed,
+        /// A tick that is up to this late is not missed. Looked at by the leader only.
+        pub grace_ms: u64,
         /// No job while the one before is not done.
         pub no_overlap: bool,
     }

@@ -32,6 +32,7 @@ use crate::metrics::DurationHistogram;
 use crate::native::stream::{PipeItem, PipeOut, PipeRequest, Pipes};
 use crate::native::{NativeRead, Outcome, ReadOut};
 use crate::peers::{PeerEvent, Peers};
+use crate::schedules::ScheduleFacts;
 use crate::watch_hub::{Hub, StreamId, StreamOut, WatchCreate, WatchFacts};
 
 /// Requests that may wait for the driver. Beyond it callers are told to come back.
@@ -236,6 +237,7 @@ pub(crate) struct DriverFacts {
     pub(crate) requests: AtomicU64,
     pub(crate) overloaded: AtomicU64,
     pub(crate) failed: AtomicU64,
+    pub(crate) schedules: ScheduleFacts,
 }
 
 /// What the member tells about itself, from time to time.

@@ -132,6 +132,11 @@ impl Health for MemberHealth {
             &[],
             load(&facts.overloaded),
         );
+        let ticks = &facts.schedules;
+        for (result, count) in [("done", &ticks.done), ("left_out", &ticks.left_out), ("refused", &ticks.refused)] {
+            let help = "Ticks of schedules that this member proposed as a leader, by what came of them.";
+            out.counter("tenure_schedule_ticks_total", help, &[("result", result)], load(count));
+        }
         out.histogram(
             "etcd_disk_wal_fsync_duration_seconds",
             "The latency distributions of fsync called by WAL.",

@@ -12,6 +12,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod backup;
+mod calendar;
 mod checks;
 mod disk_fs;
 mod driver;
@@ -27,6 +28,7 @@ pub mod pages;
 // Nothing calls it yet.
 mod peers;
 pub mod rpc;
+mod schedules;
 mod span_index;
 mod status;
 pub mod transcode;
@@ -301,6 +303,7 @@ impl Server {
         if config.active_checks {
             tasks.push(tokio::spawn(checks::run(context.clone())));
         }
+        tasks.push(tokio::spawn(schedules::run(context.clone())));
         let mut router = rpc::Router::new();
         etcd::mount(&mut router, &context);
         native::mount(&mut router, &context);

@@ -16,6 +16,7 @@ pub(crate) mod members;
 mod queues;
 mod registry;
 mod reservations;
+mod schedules;
 pub(crate) mod sessions;
 mod shown;
 mod snapshots;
@@ -198,6 +199,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     queues::mount(router, context);
     registry::mount(router, context);
     reservations::mount(router, context);
+    schedules::mount(router, context);
     sessions::mount(router, context);
     snapshots::mount(router, context);
     status::mount(router, context);

@@ -194,11 +194,11 @@ fn delivered(job: Delivered) -> v1::DeliveredJob {
     }
 }
 
-fn headers_of(terms: &JobTerms) -> BTreeMap<String, String> {
+pub(crate) fn headers_of(terms: &JobTerms) -> BTreeMap<String, String> {
     terms.headers.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 

@@ -501,4 +501,9 @@ calls! {
     ServiceHeartbeat(ServiceHeartbeatReply) = "/tenure.v1.Services/Heartbeat";
     ServiceDrain(ServiceDrainReply) = "/tenure.v1.Services/Drain";
     ServiceGuard(ServiceGuardReply) = "/tenure.v1.Services/Guard";
+    SchedulePut(SchedulePutReply) = "/tenure.v1.Schedules/Put";
+    ScheduleDelete(ScheduleDeleteReply) = "/tenure.v1.Schedules/Delete";
+    SchedulePause(SchedulePauseReply) = "/tenure.v1.Schedules/Pause";
+    ScheduleResume(ScheduleResumeReply) = "/tenure.v1.Schedules/Resume";
+    ScheduleRun(ScheduleRunReply) = "/tenure.v1.Schedules/Run";
 }

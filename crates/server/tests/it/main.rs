@@ -5,6 +5,7 @@
 mod etcd;
 mod folder;
 mod native;
+mod schedules;
 mod watch;
 mod watches;
 

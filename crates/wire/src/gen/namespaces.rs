@@ -424,6 +424,41 @@ impl crate::Spaced for ResignRequest {
         &self.namespace
     }
 }
+impl crate::Spaced for ScheduleDeleteRequest {
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
+}
+impl crate::Spaced for ScheduleGetRequest {
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
+}
+impl crate::Spaced for ScheduleListRequest {
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
+}
+impl crate::Spaced for SchedulePauseRequest {
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
+}
+impl crate::Spaced for SchedulePutRequest {
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
+}
+impl crate::Spaced for ScheduleResumeRequest {
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
+}
+impl crate::Spaced for ScheduleRunRequest {
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
+}
 impl crate::Spaced for SequenceGetRequest {
     fn namespace(&self) -> &str {
         &self.namespace

@@ -7085,6 +7085,510 @@ pub mod reservations_client {
         }
     }
 }
+/// What a schedule must be like for a change to happen.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleExpect {
+    #[prost(oneof = "schedule_expect::Fact", tags = "1, 2")]
+    pub fact: ::core::option::Option<schedule_expect::Fact>,
+}
+/// Nested message and enum types in `ScheduleExpect`.
+pub mod schedule_expect {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Fact {
+        /// There is (true) no such schedule; INVALID if false.
+        #[prost(bool, tag = "1")]
+        Absent(bool),
+        /// Of its last change.
+        #[prost(uint64, tag = "2")]
+        Revision(u64),
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SchedulePutRequest {
+    /// 1 to 240 bytes.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Five fields: minute (0-59), hour (0-23), day of the month (1-31), month (1-12 or JAN-DEC), day of the week (0-7 or SUN-SAT; 0 and 7 are Sunday). Each
+    /// is `*`, a value, a range `1-5`, steps `*/15` or `10-40/10`, or a list of these with commas; `?` is `*`. The day of the month knows `L` (the last),
+    /// `15W` (the weekday closest to the 15th) and `LW`; the day of the week `MON#2` (the second Monday) and `5L` (the last Friday). If both days are
+    /// given, either one suffices; with `+` before the day of the week both must match. Or `@hourly`, `@daily` (`@midnight`), `@weekly`, `@monthly`,
+    /// `@yearly` (`@annually`), or `@every 90s` with whole numbers of `s`, `m`, `h` and `d`, from a second to 366 days, counted from the put or resume.
+    /// At most 255 bytes. What never comes, such as 30 February, is INVALID.
+    #[prost(string, tag = "2")]
+    pub calendar: ::prost::alloc::string::String,
+    /// An IANA name such as `Europe/Berlin`; empty is UTC. Where clocks go forward over a tick of a fixed hour and minute, it comes when they have; where
+    /// they go back, it comes once, and one by wildcard or range as often as its clock time does.
+    #[prost(string, tag = "3")]
+    pub time_zone: ::prost::alloc::string::String,
+    /// Where the job goes; made if it is not there.
+    #[prost(string, tag = "4")]
+    pub queue: ::prost::alloc::string::String,
+    /// Without `run_at_unix_ms`, and with RETURN_EXISTING for duplicates.
+    #[prost(message, optional, tag = "5")]
+    pub job: ::core::option::Option<NewJob>,
+    #[prost(enumeration = "MissedTicks", tag = "6")]
+    pub missed: i32,
+    /// A tick enqueues nothing while the job before is not done, dead or cancelled; the tick counts as done. Not beside a key of deduplication.
+    #[prost(bool, tag = "7")]
+    pub no_overlap: bool,
+    /// Not given: whatever is there.
+    #[prost(message, optional, tag = "8")]
+    pub expect: ::core::option::Option<ScheduleExpect>,
+    /// How late a tick may be and still count as in time: 0 is 60,000; at most 86,400,000.
+    #[prost(uint64, tag = "9")]
+    pub grace_ms: u64,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SchedulePutReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// There was none before.
+    #[prost(bool, tag = "2")]
+    pub created: bool,
+    /// Of its last change; that of an earlier put where this one is equal.
+    #[prost(uint64, tag = "3")]
+    pub revision: u64,
+    /// The next five instants of the calendar from now on, as if it were not paused.
+    #[prost(uint64, repeated, tag = "4")]
+    pub next_unix_ms: ::prost::alloc::vec::Vec<u64>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleDeleteRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleDeleteReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Whether there was one.
+    #[prost(bool, tag = "2")]
+    pub deleted: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SchedulePauseRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SchedulePauseReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    /// Of its last change; that of an earlier pause where it was paused already.
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleResumeRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleResumeReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleRunRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "15")]
+    pub request: ::core::option::Option<RequestMeta>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleRunReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub job: ::core::option::Option<EnqueuedJob>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Schedule {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub calendar: ::prost::alloc::string::String,
+    /// Empty is UTC.
+    #[prost(string, tag = "3")]
+    pub time_zone: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub queue: ::prost::alloc::string::String,
+    /// As it was put. A list leaves a payload above 1,024 bytes out.
+    #[prost(message, optional, tag = "5")]
+    pub job: ::core::option::Option<NewJob>,
+    #[prost(enumeration = "MissedTicks", tag = "6")]
+    pub missed: i32,
+    #[prost(bool, tag = "7")]
+    pub no_overlap: bool,
+    #[prost(bool, tag = "8")]
+    pub paused: bool,
+    /// The commit that put, paused or resumed it.
+    #[prost(uint64, tag = "9")]
+    pub revision: u64,
+    /// The newest tick that was done or left out, or the moment from which the calendar began to count; 0 before that.
+    #[prost(uint64, tag = "10")]
+    pub last_unix_ms: u64,
+    /// The ticks to come, the first of them perhaps late; none while it is paused.
+    #[prost(uint64, repeated, tag = "11")]
+    pub next_unix_ms: ::prost::alloc::vec::Vec<u64>,
+    /// How late the first of them is, by the clock of the member that answers; 0 up to a second.
+    #[prost(uint64, tag = "12")]
+    pub late_ms: u64,
+    /// Jobs that it has enqueued, and the newest of them.
+    #[prost(uint64, tag = "13")]
+    pub enqueued: u64,
+    /// Why the queue did not take a tick; empty when a later one was taken.
+    #[prost(string, tag = "16")]
+    pub last_error: ::prost::alloc::string::String,
+    /// The tick that it did not take.
+    #[prost(uint64, tag = "17")]
+    pub last_error_unix_ms: u64,
+    #[prost(string, tag = "18")]
+    pub job_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "19")]
+    pub grace_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleGetRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Answer from this member alone, which may be behind.
+    #[prost(bool, tag = "2")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ScheduleGetReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, optional, tag = "2")]
+    pub schedule: ::core::option::Option<Schedule>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleListRequest {
+    /// Only names that begin so.
+    #[prost(string, tag = "1")]
+    pub prefix: ::prost::alloc::string::String,
+    /// At most this many; 0 is 100, and 1,000 is the most.
+    #[prost(uint32, tag = "2")]
+    pub limit: u32,
+    /// Begin after this name: `next` of the page before.
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(bool, tag = "4")]
+    pub stale: bool,
+    #[prost(string, tag = "14")]
+    pub namespace: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ScheduleListReply {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<Header>,
+    #[prost(message, repeated, tag = "2")]
+    pub schedules: ::prost::alloc::vec::Vec<Schedule>,
+    /// Give it as `after` to read on; empty when there is no more.
+    #[prost(string, tag = "3")]
+    pub next: ::prost::alloc::string::String,
+}
+/// What becomes of ticks that nobody could do in time: during an outage, or while the queue had no room. A tick that is no later than the grace of its
+/// schedule is in time, and of several that are due at once only the last is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum MissedTicks {
+    /// They are left out.
+    SkipMissed = 0,
+    /// The last of them is done, however late.
+    RunLastMissed = 1,
+}
+impl MissedTicks {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::SkipMissed => "SKIP_MISSED",
+            Self::RunLastMissed => "RUN_LAST_MISSED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SKIP_MISSED" => Some(Self::SkipMissed),
+            "RUN_LAST_MISSED" => Some(Self::RunLastMissed),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+#[cfg(feature = "client")]
+pub mod schedules_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    #[derive(Debug, Clone)]
+    pub struct SchedulesClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> SchedulesClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> SchedulesClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            SchedulesClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Creates a schedule or changes it; one that is equal stays as it is. One that is paused stays paused. The same calendar goes on where it is, another
+        /// one begins from now. Errors: CONFLICT (not as expected; the fact tells `revision`), QUOTA, TOO_LARGE, INVALID (with the field of the calendar and what
+        /// is wrong with it).
+        pub async fn put(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SchedulePutRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SchedulePutReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Schedules/Put");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Schedules", "Put"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Deletes a schedule; jobs that it has enqueued stay. Deleting nothing succeeds. Errors: INVALID.
+        pub async fn delete(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ScheduleDeleteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ScheduleDeleteReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Schedules/Delete",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Schedules", "Delete"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Stops the calendar of a schedule. Errors: NOT_FOUND, INVALID.
+        pub async fn pause(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SchedulePauseRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SchedulePauseReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Schedules/Pause",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Schedules", "Pause"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lets the calendar go on from now. Errors: NOT_FOUND, INVALID.
+        pub async fn resume(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ScheduleResumeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ScheduleResumeReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/tenure.v1.Schedules/Resume",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("tenure.v1.Schedules", "Resume"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Enqueues the job now, beside the calendar; also of a paused schedule. With `no_overlap` the answer may name the job that is there, as a duplicate.
+        /// Errors: NOT_FOUND, QUOTA (the queue has all the jobs it may have), INVALID.
+        pub async fn run(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ScheduleRunRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ScheduleRunReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Schedules/Run");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Schedules", "Run"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads one schedule, with its next five ticks. Errors: NOT_FOUND, NO_QUORUM.
+        pub async fn get(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ScheduleGetRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ScheduleGetReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Schedules/Get");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Schedules", "Get"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists schedules by name, in pages, each with its next tick.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ScheduleListRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ScheduleListReply>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/tenure.v1.Schedules/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("tenure.v1.Schedules", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
 /// How the health of an instance is found out.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ServiceCheck {
@@ -8974,7 +9478,7 @@ pub struct TxnOnceReply {
 pub struct TxnOp {
     #[prost(
         oneof = "txn_op::Op",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92, 100, 101, 102, 103, 104, 105, 110, 111, 112, 113, 114"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92, 100, 101, 102, 103, 104, 105, 110, 111, 112, 113, 114, 120, 121, 122, 123, 124"
     )]
     pub op: ::core::option::Option<txn_op::Op>,
 }
@@ -9089,6 +9593,16 @@ pub mod txn_op {
         ServiceDrain(super::ServiceDrainRequest),
         #[prost(message, tag = "114")]
         ServiceGuard(super::ServiceGuardRequest),
+        #[prost(message, tag = "120")]
+        SchedulePut(super::SchedulePutRequest),
+        #[prost(message, tag = "121")]
+        ScheduleDelete(super::ScheduleDeleteRequest),
+        #[prost(message, tag = "122")]
+        SchedulePause(super::SchedulePauseRequest),
+        #[prost(message, tag = "123")]
+        ScheduleResume(super::ScheduleResumeRequest),
+        #[prost(message, tag = "124")]
+        ScheduleRun(super::ScheduleRunRequest),
     }
 }
 /// The answer of the operation of the same name.
@@ -9096,7 +9610,7 @@ pub mod txn_op {
 pub struct TxnAnswer {
     #[prost(
         oneof = "txn_answer::Answer",
-        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92, 100, 101, 102, 103, 104, 105, 110, 111, 112, 113, 114"
+        tags = "1, 2, 3, 4, 5, 10, 11, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 80, 81, 82, 83, 84, 85, 86, 87, 88, 70, 71, 72, 73, 74, 75, 76, 90, 91, 92, 100, 101, 102, 103, 104, 105, 110, 111, 112, 113, 114, 120, 121, 122, 123, 124"
     )]
     pub answer: ::core::option::Option<txn_answer::Answer>,
 }
@@ -9210,6 +9724,16 @@ pub mod txn_answer {
         ServiceDrain(super::ServiceDrainReply),
         #[prost(message, tag = "114")]
         ServiceGuard(super::ServiceGuardReply),
+        #[prost(message, tag = "120")]
+        SchedulePut(super::SchedulePutReply),
+        #[prost(message, tag = "121")]
+        ScheduleDelete(super::ScheduleDeleteReply),
+        #[prost(message, tag = "122")]
+        SchedulePause(super::SchedulePauseReply),
+        #[prost(message, tag = "123")]
+        ScheduleResume(super::ScheduleResumeReply),
+        #[prost(message, tag = "124")]
+        ScheduleRun(super::ScheduleRunReply),
     }
 }
 /// Generated client implementations.

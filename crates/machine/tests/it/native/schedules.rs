@@ -43,6 +43,7 @@ fn plan(said: &Said<'_>) -> SchedulePlan {
         queue: said.bytes("queue"),
         job: NewJob { payload, delay_ms: 0, run_at_ms: None, priority: 0, terms, on_duplicate },
         missed: if said.has("run-once") { Missed::RunOnce } else { Missed::Skip },
+        grace_ms: 60_000,
         no_overlap: said.has("no-overlap"),
     }
 }
