@@ -209,9 +209,12 @@ fn list(view: &View<'_>, request: &v1::ScheduleListRequest) -> Result<v1::Schedu
 
 fn shown(name: &str, schedule: &Schedule, count: usize, payload_max: usize) -> v1::Schedule {
     let plan = &schedule.plan;
-    let next = match Calendar::read(&plan.calendar, &plan.zone) {
-        Ok(calendar) if !schedule.paused => ticks(&calendar, schedule.next, count),
-        _ => schedule.next.into_iter().collect(),
+    let next = match schedule.next {
+        _ if schedule.paused => Vec::new(),
+        // What the state has need not be read from the calendar, which takes its time for a page of them.
+        Some(next) if count == 1 => vec![next],
+        next => Calendar::read(&plan.calendar, &plan.zone)
+            .map_or_else(|_| next.into_iter().collect(), |calendar| ticks(&calendar, next, count)),
     };
     let late = schedule.next.map_or(0, |next| unix_ms().saturating_sub(next));
     let missed = match plan.missed {
