@@ -14,6 +14,7 @@ use crate::queues::QueueOp;
 use crate::registry::RegistryOp;
 use crate::reply::{OpReply, Rejection};
 use crate::reservations::ReservationOp;
+use crate::schedules::ScheduleOp;
 use crate::types::SessionId;
 use crate::waits::Waiter;
 use crate::{
@@ -143,7 +144,7 @@ impl NativeOp {
             Self::Counter(op) => matches!(op, CounterOp::Delete(_)),
             Self::Config(op) => matches!(op, ConfigOp::Delete(_) | ConfigOp::Purge(_)),
             Self::Condition(_) => true,
-            Self::Schedule(op) => matches!(op, crate::schedules::ScheduleOp::Delete(_) | crate::schedules::ScheduleOp::Pause(_)),
+            Self::Schedule(op) => matches!(op, ScheduleOp::Delete(_) | ScheduleOp::Pause(_)),
         }
     }
 
