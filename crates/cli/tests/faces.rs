@@ -356,6 +356,9 @@ fn things(faces: &Faces) -> BTreeMap<&'static str, String> {
     faces.post("/v1/markers:once", json!({ "marker": "a=done", "by": "me" }));
     let instance = json!({ "service": "svc", "instance": "one", "address": "127.0.0.1", "session": live });
     keep("$instance", &faces.post("/v1/services:register", instance)["token"]);
+    // Paused, so that its calendar moves nothing.
+    faces.post("/v1/schedules:put", json!({ "name": "daily", "calendar": "@daily", "queue": "q" }));
+    faces.post("/v1/schedules:pause", json!({ "name": "daily" }));
     faces.post("/v1/kv:put", json!({ "key": "k", "value": "v" }));
     numbers
 }
@@ -401,6 +404,12 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("Queues.Cancel", r#"{"id":"1-0"}"#, "NOT_FOUND"),
     ("Queues.Purge", r#"{"queue":"q","states":["ready"],"confirm":"another"}"#, "INVALID"),
     ("Queues.Redrive", r#"{"queue":"never"}"#, "NOT_FOUND"),
+    ("Schedules.Put", r#"{"name":"daily","calendar":"@daily","queue":"q","expect":{"absent":true}}"#, "CONFLICT"),
+    ("Schedules.Put", r#"{"name":"daily","calendar":"0 25 * * *","queue":"q"}"#, "INVALID"),
+    ("Schedules.Pause", r#"{"name":"never"}"#, "NOT_FOUND"),
+    ("Schedules.Resume", r#"{"name":"never"}"#, "NOT_FOUND"),
+    ("Schedules.Run", r#"{"name":"never"}"#, "NOT_FOUND"),
+    ("Schedules.Delete", r#"{"name":"never"}"#, "NOT_FOUND"),
     ("Pools.Create", r#"{"name":"sold-out","capacity":"2"}"#, "CONFLICT"),
     ("Pools.Resize", r#"{"name":"never","capacity":"2"}"#, "NOT_FOUND"),
     ("Pools.Restock", r#"{"name":"never","quantity":"2"}"#, "NOT_FOUND"),

@@ -307,11 +307,10 @@ impl Leadership {
             token: self.led.token,
             value_bytes: value.into(),
             namespace: client.namespace(),
-            request: Some(one_shot()?),
             ..Default::default()
         };
         let plan = client.plan("proclaim", true);
-        let reply: v1::ProclaimReply = client.unary(plan, "/tenure.v1.Elections/Proclaim", &request).await?;
+        let reply: v1::ProclaimReply = client.change(plan, "/tenure.v1.Elections/Proclaim", &request).await?;
         Ok(reply.should_yield)
     }
 

@@ -454,13 +454,14 @@ async fn release(core: &Core, names: &[String], owner: &str, token: u64) -> Resu
 }
 
 async fn release_one(core: &Core, name: &str, owner: &str, token: u64) -> Result<(), Error> {
+    let id = core.client.request_id()?;
     let request = v1::LockReleaseRequest {
         name: name.to_owned(),
         session: core.id,
         token,
         owner_id: owner.to_owned(),
         namespace: core.client.namespace(),
-        request: Some(one_shot()?),
+        request: Some(id.meta()),
     };
     match core.client.call(core.client.plan("release lock", true), Call::LockRelease(request)).await? {
         Reply::LockRelease(_) => Ok(()),

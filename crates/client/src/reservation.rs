@@ -12,7 +12,7 @@ use tenure_wire::tenure::v1::reserve_request::Wait;
 use tokio::sync::oneshot;
 use tonic::transport::Channel;
 
-use crate::client::{Client, all_pages, one_shot};
+use crate::client::{Client, RequestId, all_pages, one_shot};
 use crate::clock::{BootTime, millis};
 use crate::error::{Error, Outcome, found};
 use crate::kv::carried_out;
@@ -157,10 +157,10 @@ impl Client {
         id: u64,
         token: u64,
     ) -> Result<ReservationChange, Error> {
-        let (pool, namespace, request) = (pool.into(), self.namespace(), Some(one_shot()?));
+        let (pool, namespace, request) = (pool.into(), self.namespace(), None);
         let request = v1::ReservationConfirmRequest { pool, id, token, namespace, request };
         let plan = self.plan("confirm reservation", true);
-        self.unary(plan, "/tenure.v1.Reservations/Confirm", &request).await.map(ReservationChange::of)
+        self.change(plan, "/tenure.v1.Reservations/Confirm", &request).await.map(ReservationChange::of)
     }
 
     /// Gives a hold back by its numbers, from whichever process.
@@ -173,10 +173,10 @@ impl Client {
         id: u64,
         token: u64,
     ) -> Result<ReservationChange, Error> {
-        let (pool, namespace, request) = (pool.into(), self.namespace(), Some(one_shot()?));
+        let (pool, namespace, request) = (pool.into(), self.namespace(), None);
         let request = v1::ReservationCancelRequest { pool, id, token, namespace, request };
         let plan = self.plan("cancel reservation", true);
-        self.unary(plan, "/tenure.v1.Reservations/Cancel", &request).await.map(ReservationChange::of)
+        self.change(plan, "/tenure.v1.Reservations/Cancel", &request).await.map(ReservationChange::of)
     }
 
     /// Makes a hold last at least so long from now on, by its numbers, from whichever process.
@@ -190,10 +190,10 @@ impl Client {
         token: u64,
         hold: Duration,
     ) -> Result<ReservationChange, Error> {
-        let (pool, namespace, request) = (pool.into(), self.namespace(), Some(one_shot()?));
+        let (pool, namespace, request) = (pool.into(), self.namespace(), None);
         let request = v1::ReservationExtendRequest { pool, id, token, hold_ms: millis(hold), namespace, request };
         let plan = self.plan("extend reservation", true);
-        self.unary(plan, "/tenure.v1.Reservations/Extend", &request).await.map(ReservationChange::of)
+        self.change(plan, "/tenure.v1.Reservations/Extend", &request).await.map(ReservationChange::of)
     }
 }
 
@@ -245,11 +245,12 @@ impl<'a> Reserve<'a> {
 
     async fn run(mut self) -> Result<Reservation, Error> {
         let client = self.client.clone();
-        self.request.request = Some(one_shot()?);
+        let id = client.request_id()?;
+        self.request.request = Some(id.meta());
         let first_sent = BootTime::now();
         let (answer, outcome) = oneshot::channel();
         // A task of its own, so that dropping this future does not drop the duty to give a late grant back.
-        tokio::spawn(reserve(client.clone(), self.request, self.wait, answer));
+        tokio::spawn(reserve(client.clone(), id, self.request, self.wait, answer));
         let ended = |_| Err(Error::Protocol("the task of the reservation ended early".to_owned()));
         let reply = outcome.await.unwrap_or_else(ended)?;
         // The service's time of the hold began after the call was sent and the wait was over.
@@ -272,7 +273,8 @@ carried_out!(Reserve<'a> => Reservation, run);
 type Answer = oneshot::Sender<Result<v1::ReserveReply, Error>>;
 
 /// Carries a reservation through, whether or not its caller stays.
-async fn reserve(client: Client, request: v1::ReserveRequest, wait: Duration, mut answer: Answer) {
+/// `_id` stays open until the hold is heard of or given back.
+async fn reserve(client: Client, _id: RequestId, request: v1::ReserveRequest, wait: Duration, mut answer: Answer) {
     let plan = if wait.is_zero() { client.plan("reserve", true) } else { client.patient_plan("reserve", wait) };
     let result = tokio::select! {
         result = client.unary(plan, "/tenure.v1.Reservations/Reserve", &request) => result,
