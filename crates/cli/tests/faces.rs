@@ -409,7 +409,6 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("Schedules.Pause", r#"{"name":"never"}"#, "NOT_FOUND"),
     ("Schedules.Resume", r#"{"name":"never"}"#, "NOT_FOUND"),
     ("Schedules.Run", r#"{"name":"never"}"#, "NOT_FOUND"),
-    ("Schedules.Delete", r#"{"name":"never"}"#, "NOT_FOUND"),
     ("Pools.Create", r#"{"name":"sold-out","capacity":"2"}"#, "CONFLICT"),
     ("Pools.Resize", r#"{"name":"never","capacity":"2"}"#, "NOT_FOUND"),
     ("Pools.Restock", r#"{"name":"never","quantity":"2"}"#, "NOT_FOUND"),
