@@ -67,6 +67,21 @@ macro_rules! primitives {
             fn from(reply: $module::$reply) -> Self {
                 Self::Native(Box::new(NativeReply::$primitive(reply)))
             }
+        }
+
+        impl TryFrom<OpReply> for $module::$reply {
+            /// The reply of another primitive, or of none.
+            type Error = ();
+
+            fn try_from(reply: OpReply) -> Result<Self, ()> {
+                match reply {
+                    OpReply::Native(reply) => match *reply {
+                        NativeReply::$primitive(reply) => Ok(reply),
+                        _ => Err(()),
+                    },
+                    _ => Err(()),
+                }
+            }
         })*
     };
 }

@@ -14,6 +14,7 @@ use tenure_wire::tenure::v1;
 
 use crate::driver::Failure;
 use crate::etcd::encode;
+use crate::native::text;
 use crate::rpc::{Code, Status};
 
 /// An error of etcd: its code and its text.
@@ -203,10 +204,6 @@ fn error(code: &'static str, message: String, kind: Kind) -> v1::Error {
 
 fn fact(error: &mut v1::Error, name: &str, value: impl ToString) {
     error.facts.insert(name.to_owned(), value.to_string());
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// All places of streams that watch are taken.

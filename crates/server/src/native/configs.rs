@@ -28,7 +28,7 @@ use v1::txn_op::Op as Asked;
 use super::sessions::{page_limit, query};
 use super::{
     Caller, Changed, Finish, NativeFinish, Plan, Refused, change, decoded, either, look, mixed_up, namespace, refusal,
-    refuse, request_id, seen, text_or_bytes,
+    refuse, request_id, seen, text, text_or_bytes,
 };
 use crate::Context;
 use crate::driver::{Failure, View};
@@ -464,10 +464,6 @@ fn list(view: &View<'_>, request: &v1::ConfigListRequest) -> Result<v1::ConfigLi
         }
     };
     Ok(v1::ConfigListReply { header: seen(view, request.stale), configs: page.iter().filter_map(one).collect(), next })
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 // ---- Following ----

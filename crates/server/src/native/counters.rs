@@ -1,13 +1,13 @@
 //! Native counters and sequences: add, set, delete, next, look, list.
 
 use tenure_machine::{
-    BLOCK_MAX, Counter, CounterAdd, CounterDelete, CounterExpect, CounterOp, CounterReply, CounterSet, NativeReply,
-    OpReply, Revision, Sequence, SequenceNext, Txn,
+    BLOCK_MAX, Counter, CounterAdd, CounterDelete, CounterExpect, CounterOp, CounterReply, CounterSet, OpReply,
+    Revision, Sequence, SequenceNext, Txn,
 };
 use tenure_wire::tenure::v1;
 
 use super::sessions::page_limit;
-use super::{Caller, Changed, Refused, change, look, mixed_up, namespace, refuse, request_id, seen};
+use super::{Caller, Refused, change, look, mixed_up, namespace, refuse, reply_of, seen, text, txn_of};
 use crate::Context;
 use crate::driver::View;
 use crate::rpc::Router;
@@ -17,19 +17,19 @@ const NAME_BYTES_MAX: usize = 1_024;
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     change(router, context, "/tenure.v1.Counters/Add", plan_add, |_, request: &v1::CounterAddRequest, changed| {
-        let counter = Some(shown(&request.name, counted(&changed)?));
+        let counter = Some(shown(&request.name, counted(changed.reply)?));
         Ok(v1::CounterAddReply { header: Some(changed.header), counter })
     });
     change(router, context, "/tenure.v1.Counters/Set", plan_set, |_, request: &v1::CounterSetRequest, changed| {
-        let counter = Some(shown(&request.name, counted(&changed)?));
+        let counter = Some(shown(&request.name, counted(changed.reply)?));
         Ok(v1::CounterSetReply { header: Some(changed.header), counter })
     });
     change(router, context, "/tenure.v1.Counters/Delete", plan_delete, |_, _, changed| {
-        let CounterReply::Deleted(deleted) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let CounterReply::Deleted(deleted) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::CounterDeleteReply { header: Some(changed.header), deleted })
     });
     change(router, context, "/tenure.v1.Sequences/Next", plan_next, |_, _, changed| {
-        let CounterReply::Numbers(numbers) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let CounterReply::Numbers(numbers) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::SequenceNextReply { header: Some(changed.header), from: numbers.from, to: numbers.to })
     });
     look(router, context, "/tenure.v1.Counters/Get", |request| request.stale, get);
@@ -45,20 +45,20 @@ fn plan_add(_: &Context, caller: &Caller, request: &v1::CounterAddRequest) -> Re
         return Err(refuse("min", "the lower bound is above the upper one"));
     }
     let op = CounterOp::Add(CounterAdd { name: name(&request.name)?, delta, min, max });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_set(_: &Context, caller: &Caller, request: &v1::CounterSetRequest) -> Result<Txn, Refused> {
     let value = request.value.ok_or_else(|| refuse("value", "say what to set it to"))?;
     let expect = expectation(request.expect.as_ref())?;
     let op = CounterOp::Set(CounterSet { name: name(&request.name)?, value, expect });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_delete(_: &Context, caller: &Caller, request: &v1::CounterDeleteRequest) -> Result<Txn, Refused> {
     let expect = expectation(request.expect.as_ref())?;
     let op = CounterOp::Delete(CounterDelete { name: name(&request.name)?, expect });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_next(_: &Context, caller: &Caller, request: &v1::SequenceNextRequest) -> Result<Txn, Refused> {
@@ -67,11 +67,7 @@ fn plan_next(_: &Context, caller: &Caller, request: &v1::SequenceNextRequest) ->
         return Err(refuse("block", format!("a call takes at most {BLOCK_MAX} numbers")));
     }
     let op = CounterOp::Next(SequenceNext { name: name(&request.name)?, block, at_least: request.at_least });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
-}
-
-fn planned(space: &str, request: Option<&v1::RequestMeta>, caller: &Caller, op: CounterOp) -> Result<Txn, Refused> {
-    Ok(Txn { namespace: namespace(space)?, request: request_id(request, caller)?, ..Txn::of(op.into()) })
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn name(name: &str) -> Result<Box<[u8]>, Refused> {
@@ -93,18 +89,8 @@ fn expectation(expect: Option<&v1::CounterExpect>) -> Result<Option<CounterExpec
     }
 }
 
-fn reply_of(changed: &Changed) -> Result<CounterReply, Refused> {
-    match &changed.reply {
-        OpReply::Native(reply) => match **reply {
-            NativeReply::Counter(reply) => Ok(reply),
-            _ => Err(mixed_up()),
-        },
-        _ => Err(mixed_up()),
-    }
-}
-
-fn counted(changed: &Changed) -> Result<Counter, Refused> {
-    match reply_of(changed)? {
+fn counted(reply: OpReply) -> Result<Counter, Refused> {
+    match reply_of(reply)? {
         CounterReply::Counted(counter) => Ok(counter),
         _ => Err(mixed_up()),
     }
@@ -149,10 +135,6 @@ fn shown_sequence(name: String, sequence: Sequence) -> v1::Sequence {
 
 fn after(after: &str) -> Option<&[u8]> {
     Some(after.as_bytes()).filter(|after| !after.is_empty())
-}
-
-fn text(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).into_owned()
 }
 
 fn missing(what: &str, name: &str) -> Refused {

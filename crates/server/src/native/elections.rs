@@ -10,14 +10,14 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tenure_machine::{
     Campaign, CampaignWait, Candidate, ELECTION_VALUE_MAX, Elected, Election, ElectionInfo, ElectionOp, ElectionReply,
-    Leader, NamespaceId, NativeReply, OpReply, Proclaim, RequestId, Resign, Revision, Stored, Txn, Withdraw,
+    Leader, NamespaceId, Proclaim, RequestId, Resign, Revision, Stored, Txn, Withdraw,
 };
 use tenure_wire::tenure::v1;
 
 use super::sessions::{metadata, page_limit};
 use super::{
-    Caller, Changed, Refused, change, decoded, either, look, mixed_up, namespace, refusal, refuse, request_id, seen,
-    session_id, text_or_bytes,
+    Caller, Changed, Refused, change, decoded, either, look, mixed_up, namespace, refusal, refuse, reply_of,
+    request_id, seen, session_id, text, text_or_bytes, txn_of, txn_under,
 };
 use crate::Context;
 use crate::driver::{Failure, View};
@@ -36,15 +36,15 @@ const LOOK_LATER: Duration = Duration::from_millis(100);
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     change(router, context, "/tenure.v1.Elections/Campaign", plan_campaign, |_, _, changed| {
-        let ElectionReply::Elected(elected) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let ElectionReply::Elected(elected) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::CampaignReply { header: Some(changed.header), ..lead(elected, changed.remaining_ms) })
     });
     change(router, context, "/tenure.v1.Elections/Proclaim", plan_proclaim, |_, _, changed| {
-        let ElectionReply::Proclaimed(should_yield) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let ElectionReply::Proclaimed(should_yield) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::ProclaimReply { header: Some(changed.header), should_yield })
     });
     change(router, context, "/tenure.v1.Elections/Resign", plan_resign, |_, _, changed| {
-        let ElectionReply::Resigned = reply_of(&changed)? else { return Err(mixed_up()) };
+        let ElectionReply::Resigned = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::ResignReply { header: Some(changed.header) })
     });
     change(router, context, "/tenure.v1.Elections/Withdraw", plan_withdraw, withdrawn);
@@ -70,7 +70,7 @@ fn plan_campaign(_: &Context, caller: &Caller, request: &v1::CampaignRequest) ->
         priority: request.priority,
         wait: wait(request, id.as_ref(), caller)?,
     });
-    planned(&request.namespace, id, op)
+    txn_under(&request.namespace, id, op)
 }
 
 /// How long to wait. A call's own deadline shortens a wait without a request id; with one, a retry must ask for the same.
@@ -96,13 +96,13 @@ fn plan_proclaim(_: &Context, caller: &Caller, request: &v1::ProclaimRequest) ->
         token: token(request.token)?,
         value: value(&request.value, &request.value_bytes)?.into(),
     });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_resign(_: &Context, caller: &Caller, request: &v1::ResignRequest) -> Result<Txn, Refused> {
     let (token, to) = (token(request.token)?, session_id("to", request.to)?);
     let op = ElectionOp::Resign(Resign { name: name(&request.name)?, token, to });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_withdraw(_: &Context, caller: &Caller, request: &v1::WithdrawRequest) -> Result<Txn, Refused> {
@@ -114,22 +114,18 @@ fn plan_withdraw(_: &Context, caller: &Caller, request: &v1::WithdrawRequest) ->
         session: session_id("session", request.session)?,
         campaign: request_id(request.campaign.as_ref(), &Caller::default())?,
     });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn withdrawn(_: &Context, request: &v1::WithdrawRequest, changed: Changed) -> Result<v1::WithdrawReply, Refused> {
     use v1::withdraw_reply::Result as Outcome;
-    let ElectionReply::Withdrawn(done) = reply_of(&changed)? else { return Err(mixed_up()) };
+    let ElectionReply::Withdrawn(done) = reply_of(changed.reply)? else { return Err(mixed_up()) };
     let result = match (done.candidates, done.elected) {
         (0, None) => return Err(Box::new(words::nothing_to_cancel(&request.name))),
         (0, Some(elected)) => Outcome::Elected(lead(elected, changed.remaining_ms)),
         _ => Outcome::Withdrawn(true),
     };
     Ok(v1::WithdrawReply { header: Some(changed.header), result: Some(result) })
-}
-
-fn planned(space: &str, request: Option<RequestId>, op: ElectionOp) -> Result<Txn, Refused> {
-    Ok(Txn { namespace: namespace(space)?, request, ..Txn::of(op.into()) })
 }
 
 fn name(name: &str) -> Result<Box<[u8]>, Refused> {
@@ -149,16 +145,6 @@ fn value<'a>(text: &'a str, bytes: &'a [u8]) -> Result<&'a [u8], Refused> {
 
 fn token(token: u64) -> Result<Revision, Refused> {
     if token == 0 { Err(refuse("token", "name the token under which you lead")) } else { Ok(Revision(token)) }
-}
-
-fn reply_of(changed: &Changed) -> Result<ElectionReply, Refused> {
-    match &changed.reply {
-        OpReply::Native(reply) => match **reply {
-            NativeReply::Election(reply) => Ok(reply),
-            _ => Err(mixed_up()),
-        },
-        _ => Err(mixed_up()),
-    }
 }
 
 fn lead(elected: Elected, remaining_ms: u64) -> v1::CampaignReply {
@@ -195,10 +181,6 @@ fn list(view: &View<'_>, request: &v1::ElectionListRequest) -> Result<v1::Electi
     let led = page.iter().filter(|(_, election)| election.leader.is_some());
     let elections = led.map(|(name, _)| shown(view, view.machine.election(namespace, name, 0))).collect();
     Ok(v1::ElectionListReply { header: seen(view, request.stale), elections, next })
-}
-
-fn text(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).into_owned()
 }
 
 fn shown(view: &View<'_>, info: ElectionInfo) -> v1::Election {

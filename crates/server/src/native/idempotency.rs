@@ -7,13 +7,13 @@ use sha2::{Digest, Sha256};
 use tenure_machine::{
     AttemptBegin, AttemptCheckpoint, AttemptComplete, AttemptDecision, AttemptFail, AttemptGranted, AttemptHeartbeat,
     AttemptInFlight, AttemptPoint, AttemptReconcile, AttemptReplay, BadField, Fingerprint, IdempotencyOp,
-    IdempotencyRecord, IdempotencyReply, IdempotencyState, LogTime, NativeReply, NotRetained, OpReply, PackedResult,
-    RecordName, RecordState, ResultBody, Revision, StoredResult, Txn, idempotency_bounds as bounds,
+    IdempotencyRecord, IdempotencyReply, IdempotencyState, LogTime, NotRetained, OpReply, PackedResult, RecordName,
+    RecordState, ResultBody, Revision, StoredResult, Txn, idempotency_bounds as bounds,
 };
 use tenure_wire::tenure::v1;
 
 use super::sessions::page_limit;
-use super::{Caller, Changed, Refused, change, either, look, mixed_up, namespace, refuse, request_id, seen};
+use super::{Caller, Refused, change, either, look, mixed_up, namespace, refuse, reply_of, seen, txn_of};
 use crate::Context;
 use crate::driver::View;
 use crate::rpc::Router;
@@ -27,25 +27,25 @@ const SCANNED_MAX: usize = 5_000;
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     change(router, context, "/tenure.v1.Idempotency/Begin", plan_begin, |_, request, changed| {
-        let result = match reply_of(&changed)? {
-            IdempotencyReply::Granted(granted) => v1::idempotency_begin_reply::Result::Granted(shown_grant(granted)),
-            IdempotencyReply::InFlight(flight) => v1::idempotency_begin_reply::Result::InFlight(shown_flight(flight)),
-            IdempotencyReply::Replay(replay) => v1::idempotency_begin_reply::Result::Replay(shown_replay(replay)),
+        let result = match reply_of(changed.reply)? {
+            IdempotencyReply::Granted(granted) => v1::idempotency_begin_reply::Result::Granted(shown_grant(&granted)),
+            IdempotencyReply::InFlight(flight) => v1::idempotency_begin_reply::Result::InFlight(shown_flight(&flight)),
+            IdempotencyReply::Replay(replay) => v1::idempotency_begin_reply::Result::Replay(shown_replay(&replay)),
             _ => return Err(mixed_up()),
         };
         let warning = warning(&request.key).unwrap_or_default();
         Ok(v1::IdempotencyBeginReply { header: Some(changed.header), result: Some(result), warning })
     });
     change(router, context, "/tenure.v1.Idempotency/Heartbeat", plan_heartbeat, |_, _, changed| {
-        let IdempotencyReply::Beating(attempt_ttl_ms) = *reply_of(&changed)? else { return Err(mixed_up()) };
+        let IdempotencyReply::Beating(attempt_ttl_ms) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::IdempotencyHeartbeatReply { header: Some(changed.header), attempt_ttl_ms })
     });
     change(router, context, "/tenure.v1.Idempotency/Checkpoint", plan_checkpoint, |_, _, changed| {
-        let IdempotencyReply::Checkpointed(kept) = *reply_of(&changed)? else { return Err(mixed_up()) };
+        let IdempotencyReply::Checkpointed(kept) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::IdempotencyCheckpointReply { header: Some(changed.header), kept })
     });
     change(router, context, "/tenure.v1.Idempotency/Complete", plan_complete, |_, request, changed| {
-        let (kept_ms, not_retained) = (kept_ms(&changed)?, is_lost(request.result.as_ref()));
+        let (kept_ms, not_retained) = (kept_ms(changed.reply)?, is_lost(request.result.as_ref()));
         Ok(v1::IdempotencyCompleteReply { header: Some(changed.header), kept_ms, not_retained })
     });
     change(router, context, "/tenure.v1.Idempotency/Fail", plan_fail, |_, request, changed| {
@@ -53,7 +53,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
             Some(v1::idempotency_fail_request::How::Final(result)) => Some(result),
             _ => None,
         };
-        let (kept_ms, not_retained) = (kept_ms(&changed)?, is_lost(last));
+        let (kept_ms, not_retained) = (kept_ms(changed.reply)?, is_lost(last));
         Ok(v1::IdempotencyFailReply { header: Some(changed.header), kept_ms, not_retained })
     });
     change(router, context, "/tenure.v1.Idempotency/Reconcile", plan_reconcile, |_, request, changed| {
@@ -61,7 +61,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
             Some(v1::idempotency_reconcile_request::Decision::Complete(result)) => Some(result),
             _ => None,
         };
-        let (kept_ms, not_retained) = (kept_ms(&changed)?, is_lost(result));
+        let (kept_ms, not_retained) = (kept_ms(changed.reply)?, is_lost(result));
         Ok(v1::IdempotencyReconcileReply { header: Some(changed.header), kept_ms, not_retained })
     });
     look(router, context, "/tenure.v1.Idempotency/Get", |request| request.stale, get);
@@ -70,7 +70,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
 
 fn plan_begin(_: &Context, caller: &Caller, request: &v1::IdempotencyBeginRequest) -> Result<Txn, Refused> {
     let op = begin_op(request)?;
-    let mut txn = planned(&request.namespace, request.request.as_ref(), caller, op)?;
+    let mut txn = txn_of(&request.namespace, request.request.as_ref(), caller, op)?;
     // A caller that cannot ask again is not there any more when its deadline is over.
     if txn.request.is_none()
         && let Some(deadline) = caller.deadline
@@ -96,27 +96,23 @@ fn with_wait(op: tenure_machine::Op, left_ms: u64) -> tenure_machine::Op {
 }
 
 fn plan_heartbeat(_: &Context, caller: &Caller, request: &v1::IdempotencyHeartbeatRequest) -> Result<Txn, Refused> {
-    planned(&request.namespace, request.request.as_ref(), caller, heartbeat_op(request)?)
+    txn_of(&request.namespace, request.request.as_ref(), caller, heartbeat_op(request)?)
 }
 
 fn plan_checkpoint(_: &Context, caller: &Caller, request: &v1::IdempotencyCheckpointRequest) -> Result<Txn, Refused> {
-    planned(&request.namespace, request.request.as_ref(), caller, checkpoint_op(request)?)
+    txn_of(&request.namespace, request.request.as_ref(), caller, checkpoint_op(request)?)
 }
 
 fn plan_complete(_: &Context, caller: &Caller, request: &v1::IdempotencyCompleteRequest) -> Result<Txn, Refused> {
-    planned(&request.namespace, request.request.as_ref(), caller, complete_op(request)?)
+    txn_of(&request.namespace, request.request.as_ref(), caller, complete_op(request)?)
 }
 
 fn plan_fail(_: &Context, caller: &Caller, request: &v1::IdempotencyFailRequest) -> Result<Txn, Refused> {
-    planned(&request.namespace, request.request.as_ref(), caller, fail_op(request)?)
+    txn_of(&request.namespace, request.request.as_ref(), caller, fail_op(request)?)
 }
 
 fn plan_reconcile(_: &Context, caller: &Caller, request: &v1::IdempotencyReconcileRequest) -> Result<Txn, Refused> {
-    planned(&request.namespace, request.request.as_ref(), caller, reconcile_op(request)?)
-}
-
-fn planned(space: &str, request: Option<&v1::RequestMeta>, caller: &Caller, op: IdempotencyOp) -> Result<Txn, Refused> {
-    Ok(Txn { namespace: namespace(space)?, request: request_id(request, caller)?, ..Txn::of(op.into()) })
+    txn_of(&request.namespace, request.request.as_ref(), caller, reconcile_op(request)?)
 }
 
 /// The operation that a request means, alone or in a transaction.
@@ -244,19 +240,9 @@ fn is_lost(result: Option<&v1::IdempotencyResult>) -> bool {
     result.is_some_and(|r| r.not_retained.is_some() || r.body.len().max(r.body_bytes.len()) > bounds::BODY_BYTES)
 }
 
-fn reply_of(changed: &Changed) -> Result<&IdempotencyReply, Refused> {
-    match &changed.reply {
-        OpReply::Native(reply) => match &**reply {
-            NativeReply::Idempotency(reply) => Ok(reply),
-            _ => Err(mixed_up()),
-        },
-        _ => Err(mixed_up()),
-    }
-}
-
-fn kept_ms(changed: &Changed) -> Result<u64, Refused> {
-    match reply_of(changed)? {
-        IdempotencyReply::Finished(kept_ms) => Ok(*kept_ms),
+fn kept_ms(reply: OpReply) -> Result<u64, Refused> {
+    match reply_of(reply)? {
+        IdempotencyReply::Finished(kept_ms) => Ok(kept_ms),
         IdempotencyReply::Released | IdempotencyReply::Discarded => Ok(0),
         _ => Err(mixed_up()),
     }

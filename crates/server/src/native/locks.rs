@@ -18,7 +18,7 @@ use tenure_wire::tenure::v1::reply::Result as Answer;
 use super::sessions::{self, described, granted_ttl, id_for, metadata, native_unary, page_limit, query};
 use super::{
     Caller, Changed, Finish, Outcome, Plan, PlanFn, Refused, change, decoded, full_header, namespace, planned, refusal,
-    refuse, request_id, session_id,
+    refuse, request_id, session_id, text,
 };
 use crate::Context;
 use crate::driver::View;
@@ -563,10 +563,6 @@ async fn list(context: Context, request: v1::LockListRequest) -> Result<v1::Lock
     let (locks, revision) = query(&context, request.stale, look).await?;
     let next = locks.last().filter(|_| locks.len() == max).map_or_else(String::new, |last| last.name.clone());
     Ok(v1::LockListReply { header: full_header(&context, revision, request.stale), locks, next })
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 fn wire_mode(mode: HoldMode) -> i32 {

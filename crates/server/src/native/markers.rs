@@ -8,14 +8,14 @@ use bytes::Bytes;
 use tenure_machine::{
     AlreadyDone, LogTime, MARKER_LEASE_MS, MARKER_RESULT_MAX, MARKER_RETENTION_MIN_MS, MARKER_TEXT_MAX, MarkOnce,
     Marked, Marker, MarkerClaim, MarkerConfirm, MarkerDelete, MarkerEvent, MarkerEventKind, MarkerOp, MarkerRelease,
-    MarkerReply, MarkerState, NativeReply, OnDeath, OpReply, Revision, Txn, canonical_marker_name, marker_name,
+    MarkerReply, MarkerState, OnDeath, OpReply, Revision, Txn, canonical_marker_name, marker_name,
 };
 use tenure_wire::tenure::v1;
 
 use super::sessions::page_limit;
 use super::{
-    Caller, Changed, Refused, change, either, look, mixed_up, namespace, refuse, request_id, seen, session_id,
-    text_or_bytes,
+    Caller, Changed, Refused, change, either, look, mixed_up, namespace, refuse, reply_of, seen, session_id,
+    text_or_bytes, txn_of,
 };
 use crate::Context;
 use crate::driver::View;
@@ -32,19 +32,19 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     change(router, context, "/tenure.v1.Markers/Once", plan_once, answer_once);
     change(router, context, "/tenure.v1.Markers/Claim", plan_claim, answer_claim);
     change(router, context, "/tenure.v1.Markers/Confirm", plan_confirm, |_, _: &v1::MarkerConfirmRequest, changed| {
-        match reply_of(&changed.reply)? {
+        match reply_of(changed.reply)? {
             MarkerReply::Marked(_) => Ok(v1::MarkerConfirmReply { header: Some(changed.header) }),
             _ => Err(mixed_up()),
         }
     });
     change(router, context, "/tenure.v1.Markers/Release", plan_release, |_, _: &v1::MarkerReleaseRequest, changed| {
-        match reply_of(&changed.reply)? {
+        match reply_of(changed.reply)? {
             MarkerReply::Released => Ok(v1::MarkerReleaseReply { header: Some(changed.header) }),
             _ => Err(mixed_up()),
         }
     });
     change(router, context, "/tenure.v1.Markers/Delete", plan_delete, |_, _: &v1::MarkerDeleteRequest, changed| {
-        let MarkerReply::Deleted(deleted) = *reply_of(&changed.reply)? else { return Err(mixed_up()) };
+        let MarkerReply::Deleted(deleted) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::MarkerDeleteReply { header: Some(changed.header), deleted })
     });
     look(router, context, "/tenure.v1.Markers/Get", |request| request.stale, get);
@@ -100,7 +100,7 @@ pub(crate) fn mark(request: &v1::MarkerOnceRequest) -> Result<MarkOnce, Refused>
 }
 
 fn plan_once(_: &Context, caller: &Caller, request: &v1::MarkerOnceRequest) -> Result<Txn, Refused> {
-    planned(&request.namespace, request.request.as_ref(), caller, MarkerOp::Once(mark(request)?))
+    txn_of(&request.namespace, request.request.as_ref(), caller, MarkerOp::Once(mark(request)?))
 }
 
 fn plan_claim(_: &Context, caller: &Caller, request: &v1::MarkerClaimRequest) -> Result<Txn, Refused> {
@@ -128,7 +128,7 @@ fn plan_claim(_: &Context, caller: &Caller, request: &v1::MarkerClaimRequest) ->
         lease_ms,
         on_death,
     };
-    planned(&request.namespace, request.request.as_ref(), caller, MarkerOp::Claim(claim))
+    txn_of(&request.namespace, request.request.as_ref(), caller, MarkerOp::Claim(claim))
 }
 
 fn plan_confirm(_: &Context, caller: &Caller, request: &v1::MarkerConfirmRequest) -> Result<Txn, Refused> {
@@ -137,12 +137,12 @@ fn plan_confirm(_: &Context, caller: &Caller, request: &v1::MarkerConfirmRequest
         token: token(request.token)?,
         result: result(&request.result, &request.result_bytes)?,
     };
-    planned(&request.namespace, request.request.as_ref(), caller, MarkerOp::Confirm(confirm))
+    txn_of(&request.namespace, request.request.as_ref(), caller, MarkerOp::Confirm(confirm))
 }
 
 fn plan_release(_: &Context, caller: &Caller, request: &v1::MarkerReleaseRequest) -> Result<Txn, Refused> {
     let release = MarkerRelease { name: name(&request.marker, &request.fields)?, token: token(request.token)? };
-    planned(&request.namespace, request.request.as_ref(), caller, MarkerOp::Release(release))
+    txn_of(&request.namespace, request.request.as_ref(), caller, MarkerOp::Release(release))
 }
 
 fn plan_delete(_: &Context, caller: &Caller, request: &v1::MarkerDeleteRequest) -> Result<Txn, Refused> {
@@ -151,25 +151,11 @@ fn plan_delete(_: &Context, caller: &Caller, request: &v1::MarkerDeleteRequest) 
         token: Revision(request.token),
         reason: short("reason", &request.reason)?,
     };
-    planned(&request.namespace, request.request.as_ref(), caller, MarkerOp::Delete(delete))
+    txn_of(&request.namespace, request.request.as_ref(), caller, MarkerOp::Delete(delete))
 }
 
 fn token(token: u64) -> Result<Revision, Refused> {
     if token == 0 { Err(refuse("token", "say under which token")) } else { Ok(Revision(token)) }
-}
-
-fn planned(space: &str, request: Option<&v1::RequestMeta>, caller: &Caller, op: MarkerOp) -> Result<Txn, Refused> {
-    Ok(Txn { namespace: namespace(space)?, request: request_id(request, caller)?, ..Txn::of(op.into()) })
-}
-
-fn reply_of(reply: &OpReply) -> Result<&MarkerReply, Refused> {
-    match reply {
-        OpReply::Native(reply) => match &**reply {
-            NativeReply::Marker(reply) => Ok(reply),
-            _ => Err(mixed_up()),
-        },
-        _ => Err(mixed_up()),
-    }
 }
 
 fn answer_once(
@@ -177,7 +163,7 @@ fn answer_once(
     request: &v1::MarkerOnceRequest,
     changed: Changed,
 ) -> Result<v1::MarkerOnceReply, Refused> {
-    let (already_done, unconfirmed, marker) = told(context, request, &changed.reply)?;
+    let (already_done, unconfirmed, marker) = told(context, request, changed.reply)?;
     Ok(v1::MarkerOnceReply { header: Some(changed.header), already_done, marker: Some(marker), unconfirmed })
 }
 
@@ -185,16 +171,16 @@ fn answer_once(
 pub(crate) fn told(
     context: &Context,
     request: &v1::MarkerOnceRequest,
-    reply: &OpReply,
+    reply: OpReply,
 ) -> Result<(bool, bool, v1::Marker), Refused> {
     let name = name(&request.marker, &request.fields)?;
     let now = context.identity.stamp();
     match reply_of(reply)? {
         MarkerReply::Marked(marked) => {
             let result = either("result", &request.result, &request.result_bytes)?;
-            Ok((false, false, put(name, marked, &request.by, result, now)))
+            Ok((false, false, put(name, &marked, &request.by, result, now)))
         }
-        MarkerReply::AlreadyDone(done) => Ok((true, done.unconfirmed, done_before(name, done, now))),
+        MarkerReply::AlreadyDone(done) => Ok((true, done.unconfirmed, done_before(name, &done, now))),
         _ => Err(mixed_up()),
     }
 }
@@ -241,7 +227,7 @@ fn answer_claim(
     changed: Changed,
 ) -> Result<v1::MarkerClaimReply, Refused> {
     use v1::marker_claim_reply::Outcome;
-    let (outcome, unconfirmed) = match reply_of(&changed.reply)? {
+    let (outcome, unconfirmed) = match reply_of(changed.reply)? {
         MarkerReply::Claimed(grant) => {
             let lease_ms = match (request.session, request.lease_ms) {
                 (0, 0) => LEASE_DEFAULT_MS,
@@ -252,7 +238,7 @@ fn answer_claim(
         }
         MarkerReply::AlreadyDone(done) => {
             let name = name(&request.marker, &request.fields)?;
-            (Outcome::AlreadyDone(done_before(name, done, context.identity.stamp())), done.unconfirmed)
+            (Outcome::AlreadyDone(done_before(name, &done, context.identity.stamp())), done.unconfirmed)
         }
         _ => return Err(mixed_up()),
     };

@@ -28,8 +28,8 @@ mod watches;
 use bytes::Bytes;
 use prost::Message;
 use tenure_machine::{
-    Key, Machine, NamespaceId, OpReply, Range, RangeReply, Record, Rejection, RequestId, Revision, SessionId, Space,
-    Txn, TxnReply,
+    Key, Machine, NamespaceId, Op, OpReply, Range, RangeReply, Record, Rejection, RequestId, Revision, SessionId,
+    Space, Txn, TxnReply,
 };
 use tenure_wire::Spaced;
 use tenure_wire::tenure::v1;
@@ -361,6 +361,33 @@ impl Finish {
 fn mixed_up() -> Refused {
     tracing::error!("the state machine answered another question");
     Box::new(words::native_failure(&crate::driver::Failure::Unknown, Kind::Change))
+}
+
+/// What a primitive answered to its one operation.
+pub(crate) fn reply_of<R: TryFrom<OpReply>>(reply: OpReply) -> Result<R, Refused> {
+    reply.try_into().map_err(|_| mixed_up())
+}
+
+/// A transaction of one operation, under the id of its request.
+pub(crate) fn txn_of(
+    space: &str,
+    request: Option<&v1::RequestMeta>,
+    caller: &Caller,
+    op: impl Into<Op>,
+) -> Result<Txn, Refused> {
+    let mut txn = txn_under(space, None, op)?;
+    txn.request = request_id(request, caller)?;
+    Ok(txn)
+}
+
+/// The same under an id that is known already.
+pub(crate) fn txn_under(space: &str, request: Option<RequestId>, op: impl Into<Op>) -> Result<Txn, Refused> {
+    Ok(Txn { namespace: namespace(space)?, request, ..Txn::of(op.into()) })
+}
+
+/// Bytes for people.
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 pub(crate) fn header(revision: Revision, replayed: bool) -> v1::Header {

@@ -13,9 +13,9 @@ use prost::Message as _;
 use tenure_machine::{
     Ack, AckJobs, Breaker, CancelJob, ConfigureQueue, DeadFilter, Dedup, DedupScope, Delivered, Enqueue,
     JOB_HEADERS_MAX, JOB_KEY_MAX, JOB_RESULT_MAX, JOB_STATES, JOBS_PER_CALL, JobHeartbeat, JobId, JobInfo, JobState,
-    JobTerms, Nack, NamespaceId, NativeReply, NewJob, OnDead, OnDuplicate, OpReply, Purge, QUEUE_NAME_MAX, QueueInfo,
-    QueueOp, QueueReply, QueueSettings, RECEIVE_PLACES_MAX, Receipt, Receive, Received, Redrive, RequestId, Revision,
-    Settled, Txn, waiting_receiver,
+    JobTerms, Nack, NamespaceId, NewJob, OnDead, OnDuplicate, Purge, QUEUE_NAME_MAX, QueueInfo, QueueOp, QueueReply,
+    QueueSettings, RECEIVE_PLACES_MAX, Receipt, Receive, Received, Redrive, RequestId, Revision, Settled, Txn,
+    waiting_receiver,
 };
 use tenure_wire::Spaced;
 use tenure_wire::tenure::v1;
@@ -23,7 +23,7 @@ use tenure_wire::tenure::v1;
 use super::sessions::{id_for, page_limit};
 use super::{
     Caller, Changed, Finish, NativeFinish, Plan, PlanFn, Refused, change, check_size, decoded, either, look, mixed_up,
-    namespace, refusal, refuse, request_id, run, seen, text_or_bytes,
+    namespace, refusal, refuse, reply_of, request_id, run, seen, text, text_or_bytes, txn_of, txn_under,
 };
 use crate::Context;
 use crate::driver::View;
@@ -198,15 +198,7 @@ pub(crate) fn headers_of(terms: &JobTerms) -> BTreeMap<String, String> {
     terms.headers.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
 }
 
-pub(crate) fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
 // ---- Requests ----
-
-fn planned(space: &str, request: Option<RequestId>, op: QueueOp) -> Result<Txn, Refused> {
-    Ok(Txn { namespace: namespace(space)?, request, ..Txn::of(op.into()) })
-}
 
 fn enqueue(_: &Context, caller: &Caller, request: &v1::EnqueueRequest) -> Result<Txn, Refused> {
     if request.jobs.is_empty() || request.jobs.len() > JOBS_PER_CALL {
@@ -214,7 +206,7 @@ fn enqueue(_: &Context, caller: &Caller, request: &v1::EnqueueRequest) -> Result
     }
     let jobs = request.jobs.iter().map(new_job).collect::<Result<Vec<_>, _>>()?;
     let op = QueueOp::Enqueue(Enqueue { queue: queue_name("queue", &request.queue)?, jobs });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 pub(crate) fn new_job(job: &v1::NewJob) -> Result<NewJob, Refused> {
@@ -322,7 +314,7 @@ pub(crate) fn queue_name(field: &str, name: &str) -> Result<Box<[u8]>, Refused> 
 fn plan_receive(caller: &Caller, request: &v1::ReceiveRequest) -> Result<Txn, Refused> {
     let id = request_id(request.request.as_ref(), caller)?;
     let receive = receive("", caller, id.as_ref(), request)?;
-    planned(&request.namespace, id, QueueOp::Receive(receive))
+    txn_under(&request.namespace, id, QueueOp::Receive(receive))
 }
 
 fn receive(
@@ -389,7 +381,7 @@ fn ack(caller: &Caller, request: &v1::AckRequest) -> Result<Txn, Refused> {
         Some(next) => Some(Box::new(receive("receive.", caller, id.as_ref(), next)?)),
         None => None,
     };
-    planned(&request.namespace, id, QueueOp::Ack(AckJobs { acks, each: request.each, receive }))
+    txn_under(&request.namespace, id, QueueOp::Ack(AckJobs { acks, each: request.each, receive }))
 }
 
 fn job_id(field: &str, id: &str) -> Result<JobId, Refused> {
@@ -413,12 +405,12 @@ fn nack(_: &Context, caller: &Caller, request: &v1::NackRequest) -> Result<Txn, 
         reason: request.reason.as_str().into(),
         dead: request.dead,
     });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn release(_: &Context, caller: &Caller, request: &v1::JobReleaseRequest) -> Result<Txn, Refused> {
     let op = QueueOp::Release(receipt("id", &request.id, request.token)?);
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn heartbeat(_: &Context, caller: &Caller, request: &v1::JobHeartbeatRequest) -> Result<Txn, Refused> {
@@ -430,7 +422,7 @@ fn heartbeat(_: &Context, caller: &Caller, request: &v1::JobHeartbeatRequest) ->
         extend_ms: visibility("extend_ms", request.extend_ms)?,
         progress: (!request.progress.is_empty()).then(|| request.progress.as_bytes().into()),
     });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn leave(_: &Context, caller: &Caller, request: &v1::LeaveRequest) -> Result<Txn, Refused> {
@@ -438,13 +430,13 @@ fn leave(_: &Context, caller: &Caller, request: &v1::LeaveRequest) -> Result<Txn
         return Err(refuse("receiver", format!("a receiver has 1 to {TEXT_MAX} bytes")));
     }
     let op = QueueOp::Leave(request.receiver.as_bytes().into());
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn cancel(_: &Context, caller: &Caller, request: &v1::JobCancelRequest) -> Result<Txn, Refused> {
     let (id, reason) = (job_id("id", &request.id)?, request.reason.as_str().into());
     let op = QueueOp::Cancel(CancelJob { id, reason, force: request.force });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn after(field: &str, text: &str) -> Result<Option<JobId>, Refused> {
@@ -468,7 +460,7 @@ fn redrive(_: &Context, caller: &Caller, request: &v1::RedriveRequest) -> Result
         after: after("after", &request.after)?,
         before: request.before,
     });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn state(field: &str, name: &str) -> Result<u8, Refused> {
@@ -487,7 +479,7 @@ fn purge(_: &Context, caller: &Caller, request: &v1::PurgeRequest) -> Result<Txn
         confirm: request.confirm.as_bytes().into(),
         remove: request.remove,
     });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn configure(_: &Context, caller: &Caller, request: &v1::QueueConfigureRequest) -> Result<Txn, Refused> {
@@ -525,20 +517,10 @@ fn configure(_: &Context, caller: &Caller, request: &v1::QueueConfigureRequest) 
         breaker,
         paused: request.paused,
     });
-    planned(&request.namespace, request_id(request.request.as_ref(), caller)?, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 // ---- Answers ----
-
-fn reply_of(reply: OpReply) -> Result<QueueReply, Refused> {
-    match reply {
-        OpReply::Native(reply) => match *reply {
-            NativeReply::Queue(reply) => Ok(reply),
-            _ => Err(mixed_up()),
-        },
-        _ => Err(mixed_up()),
-    }
-}
 
 fn moved(changed: Changed) -> Result<v1::MoveReply, Refused> {
     let QueueReply::Moved(moved) = reply_of(changed.reply)? else { return Err(mixed_up()) };

@@ -8,17 +8,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tenure_machine::{
-    ActiveCheck, Check, Drain, Health, Heartbeat, Instance, InstanceRef, InstanceSpec, Machine, NamespaceId,
-    NativeReply, OpReply, Probe, Register, RegisteredInstance, RegistryChange, RegistryChanged, RegistryOp,
-    RegistryReply, Revision, Service, ServiceGuard, ServiceInfo, Stored, Txn,
+    ActiveCheck, Check, Drain, Health, Heartbeat, Instance, InstanceRef, InstanceSpec, Machine, NamespaceId, OpReply,
+    Probe, Register, RegisteredInstance, RegistryChange, RegistryChanged, RegistryOp, RegistryReply, Revision, Service,
+    ServiceGuard, ServiceInfo, Stored, Txn,
 };
 use tenure_wire::tenure::v1;
 use tokio::time::Instant;
 
 use super::sessions::{native_unary, page_limit, query};
 use super::{
-    Caller, Changed, Refused, change, decoded, full_header, look, mixed_up, namespace, refusal, refuse, request_id,
-    seen, session_id,
+    Caller, Refused, change, decoded, full_header, look, mixed_up, namespace, refusal, refuse, reply_of, seen,
+    session_id, txn_of,
 };
 use crate::Context;
 use crate::driver::{Failure, View};
@@ -37,7 +37,7 @@ const QUIET: Duration = Duration::from_secs(60);
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     change(router, context, "/tenure.v1.Services/Register", plan_register, |_, _, changed| {
-        let RegistryReply::Registered(registration) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let RegistryReply::Registered(registration) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::ServiceRegisterReply {
             header: Some(changed.header),
             token: registration.token.0,
@@ -46,15 +46,15 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
         })
     });
     change(router, context, "/tenure.v1.Services/Deregister", plan_deregister, |_, _, changed| {
-        let RegistryReply::Deregistered(deregistered) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let RegistryReply::Deregistered(deregistered) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::ServiceDeregisterReply { header: Some(changed.header), deregistered })
     });
     change(router, context, "/tenure.v1.Services/Heartbeat", plan_heartbeat, |_, _, changed| {
-        let health = noted(&changed)?;
+        let health = noted(changed.reply)?;
         Ok(v1::ServiceHeartbeatReply { header: Some(changed.header), health })
     });
     change(router, context, "/tenure.v1.Services/Drain", plan_drain, |_, _, changed| {
-        let health = noted(&changed)?;
+        let health = noted(changed.reply)?;
         Ok(v1::ServiceDrainReply { header: Some(changed.header), health })
     });
     change(router, context, "/tenure.v1.Services/Guard", plan_guard, |_, _, changed| {
@@ -68,18 +68,8 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     });
 }
 
-fn reply_of(changed: &Changed) -> Result<RegistryReply, Refused> {
-    match &changed.reply {
-        OpReply::Native(reply) => match &**reply {
-            NativeReply::Registry(reply) => Ok(reply.clone()),
-            _ => Err(mixed_up()),
-        },
-        _ => Err(mixed_up()),
-    }
-}
-
-fn noted(changed: &Changed) -> Result<i32, Refused> {
-    match reply_of(changed)? {
+fn noted(reply: OpReply) -> Result<i32, Refused> {
+    match reply_of(reply)? {
         RegistryReply::Noted(health) => Ok(shown_health(health).into()),
         _ => Err(mixed_up()),
     }
@@ -94,12 +84,12 @@ fn plan_register(_: &Context, caller: &Caller, request: &v1::ServiceRegisterRequ
         spec: Box::new(spec(request)?),
         replaces: Revision(request.replace_token),
     }));
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_deregister(_: &Context, caller: &Caller, request: &v1::ServiceDeregisterRequest) -> Result<Txn, Refused> {
     let op = RegistryOp::Deregister(named(&request.service, &request.instance, request.token)?);
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_heartbeat(_: &Context, caller: &Caller, request: &v1::ServiceHeartbeatRequest) -> Result<Txn, Refused> {
@@ -113,13 +103,13 @@ fn plan_heartbeat(_: &Context, caller: &Caller, request: &v1::ServiceHeartbeatRe
         return Err(refuse("why", "the reason of a health has at most 512 bytes"));
     }
     let op = RegistryOp::Heartbeat(Heartbeat { of, health, why: request.why.as_str().into() });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_drain(_: &Context, caller: &Caller, request: &v1::ServiceDrainRequest) -> Result<Txn, Refused> {
     let of = named(&request.service, &request.instance, request.token)?;
     let op = RegistryOp::Drain(Drain { of, draining: !request.undo });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_guard(_: &Context, caller: &Caller, request: &v1::ServiceGuardRequest) -> Result<Txn, Refused> {
@@ -127,11 +117,7 @@ fn plan_guard(_: &Context, caller: &Caller, request: &v1::ServiceGuardRequest) -
         return Err(refuse("percent", "the guard is a share of 0 to 100 percent"));
     }
     let op = RegistryOp::Guard(ServiceGuard { service: name("service", &request.service)?, percent: request.percent });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
-}
-
-fn planned(space: &str, request: Option<&v1::RequestMeta>, caller: &Caller, op: RegistryOp) -> Result<Txn, Refused> {
-    Ok(Txn { namespace: namespace(space)?, request: request_id(request, caller)?, ..Txn::of(op.into()) })
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn named(service: &str, instance: &str, token: u64) -> Result<InstanceRef, Refused> {

@@ -5,14 +5,16 @@
 //! Not promised. That a grant reaches its caller: one that nobody noticed ends with its time.
 
 use tenure_machine::{
-    CAPACITY_MAX, HOLD_MS_MAX, HOLD_MS_MIN, HOLD_OWNER_BYTES_MAX, Hold, HoldRef, HoldState, NamespaceId, NativeReply,
-    OpReply, POOL_NAME_BYTES_MAX, Pool, PoolAmount, PoolCreate, PoolWaiter, RequestId, ReservationOp, ReservationReply,
-    Reserve, Revision, Txn,
+    CAPACITY_MAX, HOLD_MS_MAX, HOLD_MS_MIN, HOLD_OWNER_BYTES_MAX, Hold, HoldRef, HoldState, NamespaceId,
+    POOL_NAME_BYTES_MAX, Pool, PoolAmount, PoolCreate, PoolWaiter, RequestId, ReservationOp, ReservationReply, Reserve,
+    Revision, Txn,
 };
 use tenure_wire::tenure::v1;
 
 use super::sessions::page_limit;
-use super::{Caller, Changed, Refused, change, look, mixed_up, namespace, refuse, request_id, seen, session_id};
+use super::{
+    Caller, Changed, Refused, change, look, mixed_up, namespace, refuse, reply_of, request_id, seen, session_id, txn_of,
+};
 use crate::Context;
 use crate::driver::View;
 use crate::rpc::Router;
@@ -36,7 +38,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     change(router, context, "/tenure.v1.Reservations/Cancel", plan_cancel, |_, _, changed| settled(changed));
     change(router, context, "/tenure.v1.Reservations/Extend", plan_extend, |_, _, changed| settled(changed));
     change(router, context, "/tenure.v1.Reservations/GiveUp", plan_give_up, |_, _, changed| {
-        let ReservationReply::GaveUp(waiters) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let ReservationReply::GaveUp(waiters) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::ReservationGiveUpReply { header: Some(changed.header), waiters })
     });
     look(router, context, "/tenure.v1.Pools/Get", |request| request.stale, get);
@@ -48,29 +50,29 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
 fn plan_create(_: &Context, caller: &Caller, request: &v1::PoolCreateRequest) -> Result<Txn, Refused> {
     let (pool, capacity) = (name("name", &request.name)?, capacity(request.capacity)?);
     let op = ReservationOp::Create(PoolCreate { pool, capacity });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_resize(_: &Context, caller: &Caller, request: &v1::PoolResizeRequest) -> Result<Txn, Refused> {
     let to = request.capacity.ok_or_else(|| refuse("capacity", "say how much there is to be"))?;
     let (pool, capacity) = (name("name", &request.name)?, capacity(to)?);
     let op = ReservationOp::Resize(PoolCreate { pool, capacity });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_restock(_: &Context, caller: &Caller, request: &v1::PoolRestockRequest) -> Result<Txn, Refused> {
     let op = ReservationOp::Restock(amount(&request.name, request.quantity)?);
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_return(_: &Context, caller: &Caller, request: &v1::PoolReturnRequest) -> Result<Txn, Refused> {
     let op = ReservationOp::Return(amount(&request.name, request.quantity)?);
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_delete(_: &Context, caller: &Caller, request: &v1::PoolDeleteRequest) -> Result<Txn, Refused> {
     let op = ReservationOp::Delete(name("name", &request.name)?);
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 pub(crate) fn plan_reserve(_: &Context, caller: &Caller, request: &v1::ReserveRequest) -> Result<Txn, Refused> {
@@ -111,18 +113,18 @@ fn wait_ms(request: &v1::ReserveRequest, id: Option<&RequestId>, caller: &Caller
 
 fn plan_confirm(_: &Context, caller: &Caller, request: &v1::ReservationConfirmRequest) -> Result<Txn, Refused> {
     let op = ReservationOp::Confirm(hold(&request.pool, request.id, request.token)?);
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_cancel(_: &Context, caller: &Caller, request: &v1::ReservationCancelRequest) -> Result<Txn, Refused> {
     let op = ReservationOp::Cancel(hold(&request.pool, request.id, request.token)?);
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_extend(_: &Context, caller: &Caller, request: &v1::ReservationExtendRequest) -> Result<Txn, Refused> {
     let hold = hold(&request.pool, request.id, request.token)?;
     let op = ReservationOp::Extend((hold, hold_ms(request.hold_ms)?));
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn plan_give_up(_: &Context, caller: &Caller, request: &v1::ReservationGiveUpRequest) -> Result<Txn, Refused> {
@@ -130,11 +132,7 @@ fn plan_give_up(_: &Context, caller: &Caller, request: &v1::ReservationGiveUpReq
     let reserve = request_id(request.reserve.as_ref(), &nobody)?;
     let reserve = reserve.ok_or_else(|| refuse("reserve", "name the request id of the Reserve to give up"))?;
     let op = ReservationOp::GiveUp((name("pool", &request.pool)?, reserve));
-    planned(&request.namespace, request.request.as_ref(), caller, op)
-}
-
-fn planned(space: &str, request: Option<&v1::RequestMeta>, caller: &Caller, op: ReservationOp) -> Result<Txn, Refused> {
-    Ok(Txn { namespace: namespace(space)?, request: request_id(request, caller)?, ..Txn::of(op.into()) })
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn name(field: &str, name: &str) -> Result<Box<str>, Refused> {
@@ -179,23 +177,13 @@ fn hold(pool: &str, id: u64, token: u64) -> Result<HoldRef, Refused> {
 
 // ---- What is answered ----
 
-fn reply_of(changed: &Changed) -> Result<ReservationReply, Refused> {
-    match &changed.reply {
-        OpReply::Native(reply) => match **reply {
-            NativeReply::Reservation(reply) => Ok(reply),
-            _ => Err(mixed_up()),
-        },
-        _ => Err(mixed_up()),
-    }
-}
-
 fn pool(name: &str, changed: Changed) -> Result<v1::PoolReply, Refused> {
-    let ReservationReply::Pool(pool) = reply_of(&changed)? else { return Err(mixed_up()) };
+    let ReservationReply::Pool(pool) = reply_of(changed.reply)? else { return Err(mixed_up()) };
     Ok(v1::PoolReply { header: Some(changed.header), pool: Some(shown(name, &pool, 0)) })
 }
 
 fn reserved(request: &v1::ReserveRequest, changed: Changed) -> Result<v1::ReserveReply, Refused> {
-    let ReservationReply::Held(held) = reply_of(&changed)? else { return Err(mixed_up()) };
+    let ReservationReply::Held(held) = reply_of(changed.reply)? else { return Err(mixed_up()) };
     Ok(v1::ReserveReply {
         header: Some(changed.header),
         pool: request.pool.clone(),
@@ -209,7 +197,7 @@ fn reserved(request: &v1::ReserveRequest, changed: Changed) -> Result<v1::Reserv
 }
 
 fn settled(changed: Changed) -> Result<v1::ReservationReply, Refused> {
-    let ReservationReply::Hold(hold) = reply_of(&changed)? else { return Err(mixed_up()) };
+    let ReservationReply::Hold(hold) = reply_of(changed.reply)? else { return Err(mixed_up()) };
     Ok(v1::ReservationReply {
         header: Some(changed.header),
         id: hold.id,

@@ -7,14 +7,14 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tenure_machine::{
-    CALENDAR_BYTES_MAX, DedupScope, Missed, NativeReply, NewJob, OpReply, Revision, SCHEDULE_NAME_MAX, Schedule,
-    ScheduleName, ScheduleOp, SchedulePlan, SchedulePut, ScheduleReply, Txn,
+    CALENDAR_BYTES_MAX, DedupScope, Missed, NewJob, OpReply, Revision, SCHEDULE_NAME_MAX, Schedule, ScheduleName,
+    ScheduleOp, SchedulePlan, SchedulePut, ScheduleReply, Txn,
 };
 use tenure_wire::tenure::v1;
 
-use super::queues::{headers_of, new_job, queue_name, text};
+use super::queues::{headers_of, new_job, queue_name};
 use super::sessions::page_limit;
-use super::{Caller, Changed, Refused, change, look, mixed_up, namespace, refuse, request_id, seen, text_or_bytes};
+use super::{Caller, Refused, change, look, mixed_up, namespace, refuse, reply_of, seen, text, text_or_bytes, txn_of};
 use crate::Context;
 use crate::calendar::Calendar;
 use crate::driver::View;
@@ -32,7 +32,7 @@ const LISTED_PAYLOAD_MAX: usize = 1_024;
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     change(router, context, "/tenure.v1.Schedules/Put", plan_put, |_, request: &v1::SchedulePutRequest, changed| {
-        let ScheduleReply::Stored(stored) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let ScheduleReply::Stored(stored) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::SchedulePutReply {
             header: Some(changed.header),
             created: stored.created,
@@ -42,35 +42,34 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
     });
     let delete = |_: &Context, caller: &Caller, request: &v1::ScheduleDeleteRequest| {
         let op = ScheduleOp::Delete(named(&request.name)?);
-        planned(&request.namespace, request.request.as_ref(), caller, op)
+        txn_of(&request.namespace, request.request.as_ref(), caller, op)
     };
     change(router, context, "/tenure.v1.Schedules/Delete", delete, |_, _, changed| {
-        let ScheduleReply::Deleted(deleted) = reply_of(&changed)? else { return Err(mixed_up()) };
-        let deleted = *deleted;
+        let ScheduleReply::Deleted(deleted) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         Ok(v1::ScheduleDeleteReply { header: Some(changed.header), deleted })
     });
     let pause = |_: &Context, caller: &Caller, request: &v1::SchedulePauseRequest| {
         let op = ScheduleOp::Pause(named(&request.name)?);
-        planned(&request.namespace, request.request.as_ref(), caller, op)
+        txn_of(&request.namespace, request.request.as_ref(), caller, op)
     };
     change(router, context, "/tenure.v1.Schedules/Pause", pause, |_, _, changed| {
-        let revision = done(&changed)?;
+        let revision = done(changed.reply)?;
         Ok(v1::SchedulePauseReply { header: Some(changed.header), revision })
     });
     let resume = |_: &Context, caller: &Caller, request: &v1::ScheduleResumeRequest| {
         let op = ScheduleOp::Resume(named(&request.name)?);
-        planned(&request.namespace, request.request.as_ref(), caller, op)
+        txn_of(&request.namespace, request.request.as_ref(), caller, op)
     };
     change(router, context, "/tenure.v1.Schedules/Resume", resume, |_, _, changed| {
-        let revision = done(&changed)?;
+        let revision = done(changed.reply)?;
         Ok(v1::ScheduleResumeReply { header: Some(changed.header), revision })
     });
     let run = |_: &Context, caller: &Caller, request: &v1::ScheduleRunRequest| {
         let op = ScheduleOp::Run(named(&request.name)?);
-        planned(&request.namespace, request.request.as_ref(), caller, op)
+        txn_of(&request.namespace, request.request.as_ref(), caller, op)
     };
     change(router, context, "/tenure.v1.Schedules/Run", run, |_, _, changed| {
-        let ScheduleReply::Ran(job) = reply_of(&changed)? else { return Err(mixed_up()) };
+        let ScheduleReply::Ran(job) = reply_of(changed.reply)? else { return Err(mixed_up()) };
         let job = v1::EnqueuedJob { id: job.id.to_string(), duplicate: job.duplicate };
         Ok(v1::ScheduleRunReply { header: Some(changed.header), job: Some(job) })
     });
@@ -103,7 +102,7 @@ fn plan_put(_: &Context, caller: &Caller, request: &v1::SchedulePutRequest) -> R
         no_overlap: request.no_overlap,
     };
     let op = ScheduleOp::Put(SchedulePut { name, plan, expect: expected(request.expect.as_ref())? });
-    planned(&request.namespace, request.request.as_ref(), caller, op)
+    txn_of(&request.namespace, request.request.as_ref(), caller, op)
 }
 
 fn calendar(request: &v1::SchedulePutRequest) -> Result<Calendar, Refused> {
@@ -152,24 +151,10 @@ fn named(name: &str) -> Result<ScheduleName, Refused> {
     Ok(ScheduleName { name: name.as_bytes().into() })
 }
 
-fn planned(space: &str, request: Option<&v1::RequestMeta>, caller: &Caller, op: ScheduleOp) -> Result<Txn, Refused> {
-    Ok(Txn { namespace: namespace(space)?, request: request_id(request, caller)?, ..Txn::of(op.into()) })
-}
-
 // ---- Answers ----
 
-fn reply_of(changed: &Changed) -> Result<&ScheduleReply, Refused> {
-    match &changed.reply {
-        OpReply::Native(reply) => match &**reply {
-            NativeReply::Schedule(reply) => Ok(reply),
-            _ => Err(mixed_up()),
-        },
-        _ => Err(mixed_up()),
-    }
-}
-
-fn done(changed: &Changed) -> Result<u64, Refused> {
-    match reply_of(changed)? {
+fn done(reply: OpReply) -> Result<u64, Refused> {
+    match reply_of(reply)? {
         ScheduleReply::Done(revision) => Ok(revision.0),
         _ => Err(mixed_up()),
     }

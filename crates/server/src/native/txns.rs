@@ -393,7 +393,7 @@ impl Step {
             (Self::Once(request, steps), OpReply::Txn(reply)) => {
                 let mut results = reply.results.into_iter();
                 let mark = results.next().ok_or_else(mixed_up)?;
-                let (already_done, unconfirmed, marker) = markers::told(context, &request, &mark)?;
+                let (already_done, unconfirmed, marker) = markers::told(context, &request, mark)?;
                 let steps = if reply.succeeded { steps } else { Vec::new() };
                 let answers = answers(context, header, steps, results, remaining_ms)?;
                 Ok(Wire::Once(v1::TxnOnceReply { already_done, marker: Some(marker), answers, unconfirmed }))
