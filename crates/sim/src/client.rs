@@ -6,6 +6,7 @@
 use crate::oracle::ledger::{Intent, value};
 use crate::oracle::linear;
 use crate::random::Random;
+use std::collections::BTreeSet;
 use tenure_machine::*;
 
 pub const NS: NamespaceId = NamespaceId::DEFAULT;
@@ -79,7 +80,55 @@ pub struct Client {
     pub next_seq: u64,
     /// Open numbered requests, the lowest of which says what is acknowledged.
     pub open_seqs: Vec<u64>,
+    pub series: Series,
     pub open: usize,
+}
+
+/// What a client numbers without a session.
+#[derive(Clone, Debug, Default)]
+pub struct Series {
+    id: u64,
+    newest: u64,
+    open: BTreeSet<u64>,
+}
+
+impl Series {
+    fn begin(&mut self, random: &mut Random) -> RequestId {
+        if self.newest == 0 || random.chance(1, 30) {
+            *self = Self { id: random.u64(), ..Self::default() };
+        }
+        self.newest += 1;
+        self.open.insert(self.newest);
+        RequestId::Series { series: self.id, seq: self.newest, acked_below: self.acked_below() }
+    }
+
+    fn acked_below(&self) -> u64 {
+        self.open.first().copied().unwrap_or(self.newest + 1)
+    }
+}
+
+impl Client {
+    /// What has been answered meanwhile is told with another try, too.
+    pub fn acknowledge(&self, request: &mut Option<RequestId>) {
+        if let Some(RequestId::Series { series, acked_below, .. }) = request
+            && *series == self.series.id
+        {
+            *acked_below = self.series.acked_below();
+        }
+    }
+
+    /// Its answer has arrived, or it is given up.
+    pub fn close_request(&mut self, request: Option<RequestId>) {
+        match request {
+            Some(RequestId::Session { session, seq, .. }) if self.session.is_some_and(|(own, ..)| own == session) => {
+                self.open_seqs.retain(|open| *open != seq);
+            }
+            Some(RequestId::Series { series, seq, .. }) if series == self.series.id => {
+                self.series.open.remove(&seq);
+            }
+            _ => {}
+        }
+    }
 }
 
 pub fn register(n: u64) -> Key {
@@ -242,8 +291,15 @@ pub fn number_request(client: &mut Client, random: &mut Random, what: &What) -> 
             let acked_below = client.open_seqs.iter().copied().min().unwrap_or(client.next_seq);
             Some(RequestId::Session { session, seq: client.next_seq, acked_below })
         }
+        _ if random.coin() => Some(client.series.begin(random)),
         _ => Some(RequestId::Uuid(random.bytes())),
     }
+}
+
+/// An answer that a caller gets only after it has said that it has it.
+pub fn is_disowned(request: &Option<RequestId>, result: &Result<TxnReply, Rejection>) -> bool {
+    let series = matches!(request, Some(RequestId::Series { .. }));
+    series && matches!(result, Err(Rejection::Invalid { why }) if why.contains("was acknowledged"))
 }
 
 pub fn registers_in(span: &Span) -> impl Iterator<Item = Key> {

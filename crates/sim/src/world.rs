@@ -701,9 +701,7 @@ impl World {
     fn close(&mut self, call: &Call) {
         let client = &mut self.clients[call.client];
         client.open -= 1;
-        if let Some(RequestId::Session { seq, .. }) = call.txn.request {
-            client.open_seqs.retain(|s| *s != seq);
-        }
+        client.close_request(call.txn.request);
     }
 
     fn answered(&mut self, ticket: Ticket, answer: Answer) -> Result<(), String> {

@@ -9,6 +9,7 @@
 //! Route: `world.rs` has the queue of events and what each does; `node.rs` one member's process on its disk; `net.rs` connections and
 //! messages; `people.rs` the clients; `nemesis.rs` what goes wrong; `judge.rs` what must not.
 
+mod duties;
 mod judge;
 mod native;
 mod nemesis;

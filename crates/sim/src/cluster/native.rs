@@ -1,5 +1,8 @@
 //! What the clients of a cluster ask of the native primitives: few names, so that they meet, and old tokens, as whoever slept would use them.
 
+use super::node::FIRST_WALL_MS;
+use crate::oracle::duties::{SCHEDULE, keeps_apart};
+use crate::oracle::retention::{SCOPE, Thing};
 use crate::oracle::standing::{ELECTION, PERMITS, SERVICE};
 use crate::random::Random;
 use std::collections::BTreeMap;
@@ -16,6 +19,8 @@ pub(super) struct Given {
     instances: Vec<InstanceRef>,
     /// The newest version of a key that it heard of.
     versions: BTreeMap<Box<str>, u64>,
+    /// With the last change of each.
+    pub(super) schedules: BTreeMap<Box<[u8]>, Revision>,
 }
 
 /// Who asks, and what it knows of the others.
@@ -27,6 +32,8 @@ pub(super) struct Asker<'a> {
     pub(super) given: &'a Given,
     /// The sessions of all.
     pub(super) sessions: &'a [SessionId],
+    /// The schedules of all.
+    pub(super) schedules: &'a [(Box<[u8]>, Revision)],
 }
 
 /// How long a client waits that would wait for ever.
@@ -70,7 +77,24 @@ impl Given {
                 NativeOp::Config(ConfigOp::Publish(ConfigPublish { note, .. }) | ConfigOp::Rollback((note, _))),
                 NativeReply::Config(ConfigReply::Changed(after)),
             ) => drop(self.versions.insert(note.key.clone(), after.version)),
+            (NativeOp::Schedule(op), NativeReply::Schedule(reply)) => self.learn_schedule(op, reply),
             _ => {}
+        }
+    }
+}
+
+impl Given {
+    fn learn_schedule(&mut self, op: &ScheduleOp, reply: &ScheduleReply) {
+        let changed = match reply {
+            ScheduleReply::Stored(stored) => stored.changed,
+            ScheduleReply::Done(changed) => *changed,
+            _ => Revision(0),
+        };
+        match op {
+            ScheduleOp::Put(SchedulePut { name, .. }) => drop(self.schedules.insert(name.clone(), changed)),
+            ScheduleOp::Pause(of) | ScheduleOp::Resume(of) => drop(self.schedules.insert(of.name.clone(), changed)),
+            ScheduleOp::Delete(of) => drop(self.schedules.remove(&of.name)),
+            ScheduleOp::Run(_) | ScheduleOp::Tick(_) => {}
         }
     }
 }
@@ -122,14 +146,20 @@ impl Focus {
         }
     }
 
-    /// Of counters, sequences, pools, configuration; queues, idempotency, markers; locks, elections, instances.
-    fn weights(self) -> [u64; 10] {
+    /// Of counters, sequences, pools, configuration; queues, idempotency, markers; locks, elections, instances; schedules.
+    fn weights(self) -> [u64; 11] {
         match self {
-            Self::Nothing | Self::Everything => [2, 1, 4, 2, 6, 4, 2, 5, 3, 2],
-            Self::Rights => [0, 0, 0, 0, 0, 0, 0, 8, 6, 3],
-            Self::Work => [0, 0, 0, 0, 6, 5, 3, 0, 0, 0],
-            Self::Numbers => [2, 1, 5, 4, 0, 0, 0, 0, 0, 0],
+            Self::Nothing | Self::Everything => [2, 1, 4, 2, 6, 4, 2, 5, 3, 2, 1],
+            Self::Rights => [0, 0, 0, 0, 0, 0, 0, 8, 6, 3, 0],
+            Self::Work => [0, 0, 0, 0, 6, 5, 3, 0, 0, 0, 2],
+            Self::Numbers => [2, 1, 5, 4, 0, 0, 0, 0, 0, 0, 0],
         }
+    }
+
+    /// Whether there is something that whoever leads does of itself.
+    pub(super) fn has_duties(self) -> bool {
+        let [.., instances, schedules] = self.weights();
+        self.share() > 0 && instances + schedules > 0
     }
 }
 
@@ -164,6 +194,7 @@ pub(super) fn draw(focus: Focus, asker: &Asker<'_>, random: &mut Random) -> Opti
         (7, Some(session)) => Txn::of(acquire(asker, session, random).into()),
         (8, Some(session)) => Txn::of(elect(asker, session, random).into()),
         (9, Some(session)) => Txn::of(instance(asker, session, random).into()),
+        (10, _) => Txn::of(schedule(asker, random).into()),
         // Who has no session yet makes one, or does without.
         _ => return None,
     })
@@ -249,18 +280,28 @@ fn instance(asker: &Asker<'_>, session: SessionId, random: &mut Random) -> Regis
             _ => RegistryOp::Heartbeat(Heartbeat { of, health: Health::Passing, why: "".into() }),
         };
     }
-    let instance: Box<str> = name("i", random).into();
+    // Some are there without a session, and probed.
+    let probed = random.chance(1, 3);
+    let instance: Box<str> = name(if probed { "a" } else { "i" }, random).into();
     let own = known.iter().rev().find(|of| of.instance == instance).map(|of| of.token);
     let replaces = own.filter(|_| random.coin()).unwrap_or_default();
+    let active = ActiveCheck {
+        probe: Probe::Tcp,
+        port: 0,
+        interval_ms: 1_000,
+        timeout_ms: 1_000,
+        failures_before_critical: 1,
+        success_before_passing: 1,
+    };
     let spec = InstanceSpec {
         address: "10.0.0.1".into(),
         port: random.between(1, 2) as u32,
         tags: Vec::new(),
         meta: Vec::new(),
         weight: 1,
-        session,
-        check: Check::Ttl(2_000),
-        deregister_after_ms: 60_000,
+        session: if probed { SessionId(0) } else { session },
+        check: if probed { Check::Active(active) } else { Check::Ttl(2_000) },
+        deregister_after_ms: if probed { 24 * 3_600_000 } else { 60_000 },
     };
     RegistryOp::Register(Box::new(Register { service: SERVICE.into(), instance, spec: Box::new(spec), replaces }))
 }
@@ -279,21 +320,62 @@ fn configure(asker: &Asker<'_>, random: &mut Random) -> ConfigOp {
     ConfigOp::Publish(ConfigPublish { note, media: "".into(), digest: [0; 32], content, rollout: None })
 }
 
+/// A new one, or another plan, a pause or the end of one that somebody has made.
+fn schedule(asker: &Asker<'_>, random: &mut Random) -> ScheduleOp {
+    let put = |name: Box<[u8]>, expect, random: &mut Random| {
+        let number = name.strip_prefix(SCHEDULE.as_bytes()).and_then(|n| std::str::from_utf8(n).ok()?.parse().ok());
+        let plan = SchedulePlan {
+            calendar: format!("@every {}s", random.between(1, 2)).into(),
+            zone: "".into(),
+            queue: b"q"[..].into(),
+            job: new_job(asker.number),
+            missed: *random.pick(&[Missed::Skip, Missed::RunOnce]),
+            grace_ms: *random.pick(&[300, 60_000]),
+            no_overlap: number.is_some_and(keeps_apart),
+        };
+        ScheduleOp::Put(SchedulePut { name, plan, expect: Some(expect) })
+    };
+    let known = asker.schedules;
+    if known.is_empty() || (known.len() < 4 && random.chance(1, 4)) {
+        return put(bytes(format!("{SCHEDULE}{}", asker.number)), Revision(0), random);
+    }
+    let (name, changed) = random.pick(known).clone();
+    let of = ScheduleName { name: name.clone() };
+    match random.below(14) {
+        0 => ScheduleOp::Delete(of),
+        1 => ScheduleOp::Run(of),
+        2..=5 => ScheduleOp::Pause(of),
+        6..=10 => ScheduleOp::Resume(of),
+        // What is deleted is not made anew under its name.
+        _ => put(name, changed.max(Revision(1)), random),
+    }
+}
+
+fn new_job(number: u64) -> NewJob {
+    NewJob {
+        payload: number.to_be_bytes()[..].into(),
+        delay_ms: 0,
+        run_at_ms: None,
+        priority: 0,
+        terms: None,
+        on_duplicate: OnDuplicate::ReturnExisting,
+    }
+}
+
 /// An effect that several want to have had.
 fn mark(number: u64, random: &mut Random) -> MarkerOp {
-    let (name, by) = (format!("effect={}", random.below(4)).into(), number.to_string().into());
-    MarkerOp::Once(MarkOnce { name, by, retention_ms: 0, result: Box::default() })
+    let (name, by): (Box<str>, _) = (format!("effect={}", random.below(4)).into(), number.to_string().into());
+    let retention_ms = Thing::Marker(name.clone()).kept_ms();
+    MarkerOp::Once(MarkOnce { name, by, retention_ms, result: Box::default() })
 }
 
 fn enqueue(number: u64, random: &mut Random) -> QueueOp {
     let group = random.coin().then(|| b"g"[..].into());
     let job = NewJob {
-        payload: number.to_be_bytes()[..].into(),
         delay_ms: if random.chance(1, 4) { random.below(2_000) } else { 0 },
-        run_at_ms: None,
         priority: random.below(3) as i32 - 1,
         terms: group.is_some().then(|| JobTerms { group, max_attempts: 1_000, ..JobTerms::default() }.into()),
-        on_duplicate: OnDuplicate::ReturnExisting,
+        ..new_job(number)
     };
     QueueOp::Enqueue(Enqueue { queue: b"q"[..].into(), jobs: vec![job] })
 }
@@ -338,11 +420,12 @@ fn settle(number: u64, receipt: Receipt, random: &mut Random) -> Txn {
 /// The keys of some may be taken over from a dead attempt, those of others wait for a decision.
 fn begin(random: &mut Random) -> AttemptBegin {
     let takeover = random.chance(2, 3);
+    let key = name(if takeover { "i" } else { "n" }, random);
     AttemptBegin {
-        name: RecordName::new("scope", &name(if takeover { "i" } else { "n" }, random)),
+        name: RecordName::new(SCOPE, &key),
         fingerprints: Vec::new(),
         lease_ms: random.between(1_000, 4_000),
-        retention_ms: 24 * 3_600_000,
+        retention_ms: Thing::Key(key.into()).kept_ms(),
         wait_ms: *random.pick(&[0, 0, 1_000]),
         takeover,
     }
@@ -365,6 +448,12 @@ fn finish(number: u64, name: RecordName, attempt: Revision, random: &mut Random)
         }
         .into(),
     )
+}
+
+/// What a client asks for twice, to see that it is done once.
+pub(super) fn once_more(random: &mut Random) -> Txn {
+    let next = SequenceNext { name: b"again"[..].into(), block: random.between(1, 5), at_least: 0 };
+    Txn { request: Some(RequestId::Uuid(random.bytes())), ..Txn::of(CounterOp::Next(next).into()) }
 }
 
 fn reserve(asker: &Asker<'_>, random: &mut Random) -> ReservationOp {
@@ -458,12 +547,25 @@ pub enum NativeBug {
     RefuseResults,
     /// Who cancels a part of a pool after its confirmation is told that it did.
     CancelConfirmed,
+    /// What is to be kept is kept for the shortest time that there is.
+    ShortRetention,
+    /// The moment of a look at the clock is taken for the tick of a schedule.
+    TickByClock,
+    /// A tick of a schedule that is paused resumes it.
+    ResumeByTick,
+    /// Jobs of a schedule are not kept apart.
+    Overlap,
+    /// One member alone does what whoever leads does of itself.
+    OneRunner,
+    /// A report on an instance is given out for one of the newest term.
+    NewestTerm,
 }
 
 const NS: NamespaceId = NamespaceId::DEFAULT;
 
 /// What a door with a bug makes of a request, and what it asks for before.
-pub(super) fn spoil_request(bug: NativeBug, machine: &Machine, jumped: bool, txn: &mut Txn) -> Vec<Txn> {
+pub(super) fn spoil_request(bug: NativeBug, machine: &Machine, wall_ms: u64, txn: &mut Txn) -> Vec<Txn> {
+    let jumped = wall_ms > FIRST_WALL_MS + 60_000;
     if bug == NativeBug::NewestToken && asked(txn).next().is_some() {
         for require in &mut txn.requires {
             let newest = machine.lock(NS, &require.name).map(|lock| lock.newest);
@@ -493,6 +595,25 @@ pub(super) fn spoil_request(bug: NativeBug, machine: &Machine, jumped: bool, txn
             (NativeBug::SweepByWall, NativeOp::Marker(MarkerOp::Once(once))) if jumped => {
                 let (name, reason) = (once.name.clone(), "old".into());
                 first.push(Txn::of(MarkerOp::Delete(MarkerDelete { name, token: Revision(0), reason }).into()));
+            }
+            (NativeBug::ShortRetention, NativeOp::Idempotency(IdempotencyOp::Begin(begin))) => {
+                begin.retention_ms = 60_000;
+            }
+            (NativeBug::ShortRetention, NativeOp::Marker(MarkerOp::Once(once))) => {
+                once.retention_ms = MARKER_RETENTION_MIN_MS;
+            }
+            (NativeBug::TickByClock, NativeOp::Schedule(ScheduleOp::Tick(tick))) => {
+                tick.at = wall_ms.clamp(tick.at, tick.next - 1);
+            }
+            (NativeBug::ResumeByTick, NativeOp::Schedule(ScheduleOp::Tick(tick)))
+                if machine.object::<Schedule>(NS, &tick.name).is_some_and(|schedule| schedule.paused) =>
+            {
+                let of = ScheduleName { name: tick.name.clone() };
+                first.push(Txn::of(ScheduleOp::Resume(of).into()));
+            }
+            (NativeBug::Overlap, NativeOp::Schedule(ScheduleOp::Put(put))) => put.plan.no_overlap = false,
+            (NativeBug::NewestTerm, NativeOp::Registry(RegistryOp::Probed(probed))) => {
+                probed.term = machine.position().term.0;
             }
             _ => {}
         }

@@ -3,7 +3,7 @@
 use crate::disk::SimDisk;
 use crate::random::Random;
 use std::collections::{BTreeMap, VecDeque};
-use tenure_machine::{MemberId, Ticket};
+use tenure_machine::{MemberId, Op, Ticket};
 use tenure_replica::{Job, Join, Lane, Member, Millis};
 
 /// Why a process does not run, or must not.
@@ -60,6 +60,10 @@ pub(super) struct Node {
     pub(super) judged_at: u64,
     /// Since when nothing has passed between it and any other.
     pub(super) alone_us: Option<u64>,
+    /// Of schedules, as it proposes them while it leads, or has led.
+    pub(super) ticks: Vec<Op>,
+    /// The last term that it led, unless it has noticed that this is over.
+    pub(super) led_term: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +110,8 @@ impl Node {
             led: false,
             judged_at: 0,
             alone_us: None,
+            ticks: Vec::new(),
+            led_term: None,
         }
     }
 

@@ -94,6 +94,7 @@ pub(super) struct Around {
     pub(super) newest: u64,
     pub(super) native: Focus,
     pub(super) sessions: Vec<SessionId>,
+    pub(super) schedules: Vec<(Box<[u8]>, Revision)>,
 }
 
 /// Draws the next thing that a client does.
@@ -106,7 +107,8 @@ pub(super) fn draw(
 ) -> (Kind, Txn, Intent) {
     let newest = around.newest;
     let session = person.state.session.map(|(id, ..)| id);
-    let asker = Asker { number, index, session, given: &person.native, sessions: &around.sessions };
+    let (sessions, schedules) = (&around.sessions, &around.schedules);
+    let asker = Asker { number, index, session, given: &person.native, sessions, schedules };
     if let Some(txn) = super::native::draw(around.native, &asker, random) {
         return (Kind::Native, txn, Intent::default());
     }

@@ -8,7 +8,7 @@ use super::judge::Judge;
 use super::native::{self, Focus, NativeBug};
 use super::nemesis::Mend;
 use super::net::{Net, Quality};
-use super::node::{Caller, FIRST_WALL_MS, Fate, Node, Sent};
+use super::node::{Caller, Fate, Node, Sent};
 use super::people::{self, Around, Call, Kind, Person};
 use crate::client::{self, Client, What};
 use crate::disk::{Counts, Lie};
@@ -31,6 +31,8 @@ pub(super) const SECOND: u64 = 1_000_000;
 const RECOVERY_US: u64 = 30 * SECOND;
 const TOKEN: &str = "simulated";
 const TRIES_MAX: u32 = 6;
+/// One-shot requests are answered the same for so long.
+const ANSWERS_KEPT_US: u64 = 600 * SECOND;
 /// A leader that is there and does not answer is given up after so many election timeouts.
 const PATIENCE: u64 = 5;
 /// How often a deposed leader is asked in the election timeout that comes.
@@ -57,6 +59,12 @@ pub enum Bug {
     SecondHolder,
     /// A retry gets the answer of another request.
     WrongReplay,
+    /// A door gives each try of a numbered request a number of its own.
+    NumberTries,
+    /// A door takes a request that it sees once more for a new one.
+    ForgetAnswers,
+    /// A door takes all numbers below one that it sees for answered.
+    AcknowledgeBelow,
     /// The newest bytes of every log are cut off while the members are down.
     CutLogs,
     /// One of a door to the native primitives.
@@ -173,12 +181,21 @@ pub(super) struct Shape {
     pub(super) kinds: u64,
     /// What clients ask of the native primitives.
     native: Focus,
+    /// For so long nothing but time passes, half-way.
+    rest_us: u64,
 }
 
 impl Shape {
     fn draw(seed: u64, random: &mut Random, options: Options) -> Self {
         let members = if options.grow_at.is_some() { 1 } else { *random.pick(&[1, 3, 3, 3, 3, 3, 5, 5]) };
+        // An hour, where it is played quickly. Both are of a kind of seeds that has something to keep.
+        let (members, rest_s) = match seed % 36 {
+            3 => (members, *random.fork().pick(&[62, 660])),
+            20 => (1, 3_700),
+            _ => (members, 0),
+        };
         Self {
+            rest_us: if options.grow_at.is_some() { 0 } else { rest_s * SECOND },
             members,
             tick_ms: *random.pick(&[50, 100]),
             election_ticks: 10,
@@ -273,6 +290,8 @@ pub(super) enum Event {
     Mischief,
     Mend(Mend),
     Probe,
+    /// The members do what whoever leads does of itself.
+    Duties,
     /// Somebody writes a register at the newest leader and reads at this one, who may have led for too long.
     Doubt(usize),
 }
@@ -305,8 +324,21 @@ pub(super) struct World {
     requests: Requests,
     touches: BTreeMap<Vec<u8>, Vec<Touch>>,
     pub(super) healing: bool,
+    /// Nobody does what is to be done without being asked.
+    pub(super) idle: bool,
+    /// Nobody asks for anything before.
+    rest_until: u64,
+    again: BTreeMap<RequestId, Again>,
     probes: BTreeMap<usize, Probe>,
     pub(super) report: Report,
+}
+
+/// Something that is asked for more than once under one id.
+struct Again {
+    txn: Txn,
+    since_us: u64,
+    /// When it was answered, at which revision.
+    answered: Option<(u64, Revision)>,
 }
 
 /// What a healthy member is still asked for.
@@ -353,6 +385,9 @@ pub fn run(seed: u64, options: Options) -> Result<Report, String> {
         requests: Requests::default(),
         touches: BTreeMap::new(),
         healing: false,
+        idle: !shape.native.has_duties(),
+        rest_until: 0,
+        again: BTreeMap::new(),
         probes: BTreeMap::new(),
         report: Report::default(),
         random,
@@ -380,7 +415,11 @@ impl World {
             self.later(200_000, Event::Act(person));
         }
         self.later(SECOND, Event::Mischief);
-        self.run_to(self.shape.length_us, |_| false)?;
+        self.later(0, Event::Duties);
+        let half = self.shape.length_us / 2;
+        self.run_to(half, |_| false)?;
+        self.rest_until = self.now + self.shape.rest_us;
+        self.run_to(self.rest_until + half, |_| false)?;
         self.heal()
     }
 
@@ -444,12 +483,17 @@ impl World {
             Event::Answer { call, attempt, outcome } => self.answer(call, attempt, outcome),
             Event::GiveUp { call, attempt } => self.give_up(call, attempt),
             Event::Retry(call) => self.send(call),
+            Event::Act(_) | Event::Mischief | Event::Duties if self.now < self.rest_until => {
+                self.later(self.rest_until - self.now, event);
+                Ok(())
+            }
             Event::Act(person) => self.act(person),
             Event::Mischief if !self.healing => self.mischief(),
             Event::Mischief => Ok(()),
             Event::Mend(mend) => self.mend(mend),
             Event::Probe => self.probe(),
             Event::Doubt(deposed) => self.doubt(deposed),
+            Event::Duties => self.look_at_duties(),
         }
     }
 
@@ -503,6 +547,7 @@ impl World {
                 n.member = Some(member);
                 n.starts += 1;
                 (n.led, n.judged_at) = (false, 0);
+                n.led_term = None;
                 let boot = n.boot;
                 let status = n.member.as_ref().map(Member::status);
                 self.trace.say(|| format!("{} us: n{node} starts as {boot:x}: {status:?}", self.now));
@@ -1050,10 +1095,14 @@ impl World {
         if self.people[index].state.open >= 3 || !self.random.chance(2, 3) {
             return Ok(());
         }
+        if self.shape.rest_us > 0 && self.random.chance(1, 6) {
+            return self.ask_again(index);
+        }
         let number = self.new_number();
         let newest = self.ledger.newest();
         let sessions = self.people.iter().filter_map(|p| p.state.session).map(|(id, ..)| id).collect();
-        let around = Around { newest, native: self.shape.native, sessions };
+        let schedules = self.people.iter().flat_map(|p| p.native.schedules.clone()).collect();
+        let around = Around { newest, native: self.shape.native, sessions, schedules };
         let (kind, mut txn, intent) = people::draw(number, index, &self.people[index], &around, &mut self.random);
         let what = match &kind {
             Kind::Client(what) => what.clone(),
@@ -1064,6 +1113,39 @@ impl World {
         self.ledger.intend(number, intent);
         let node = self.people[index].node;
         self.begin(number, Some(index), node, kind, txn)
+    }
+
+    /// A client asks for something that somebody may have asked for before, under the same id.
+    fn ask_again(&mut self, index: usize) -> Result<(), String> {
+        let known: Vec<Txn> = self.again.values().map(|again| again.txn.clone()).collect();
+        let new = known.len() < 4 || self.random.chance(1, 4);
+        let txn = if new { native::once_more(&mut self.random) } else { self.random.pick(&known).clone() };
+        if let Some(id) = txn.request {
+            let again = Again { txn: txn.clone(), since_us: self.now, answered: None };
+            self.again.entry(id).or_insert(again);
+        }
+        let (number, node) = (self.new_number(), self.people[index].node);
+        self.begin(number, Some(index), node, Kind::Native, txn)
+    }
+
+    /// An answer is kept for ten minutes, as the members count them, and is gone then.
+    fn answered_again(&mut self, id: RequestId, call: &Call, reply: &Reply) -> Result<(), String> {
+        let Some(again) = self.again.get_mut(&id) else { return Ok(()) };
+        match again.answered {
+            Some((at, revision)) if revision == reply.revision => {
+                if call.sent_us > at + ANSWERS_KEPT_US + 40 * SECOND {
+                    return Err(format!("request {id:?} was answered at {at} us and is answered so once more"));
+                }
+            }
+            _ => {
+                // What ran after all that time ran as something new. That it was too early is seen by whoever knows the first answer.
+                if self.now - again.since_us > ANSWERS_KEPT_US * 98 / 100 {
+                    self.requests.is_over(id);
+                }
+                (again.since_us, again.answered) = (call.sent_us, Some((self.now, reply.revision)));
+            }
+        }
+        Ok(())
     }
 
     /// The client's own clock says when a session is lost.
@@ -1140,6 +1222,7 @@ impl World {
         call.open = true;
         if let Some(person) = call.person {
             call.node = self.people[person].node;
+            self.people[person].state.acknowledge(&mut call.txn.request);
         }
         let (attempt, to) = (call.attempts, call.node);
         match &call.kind {
@@ -1180,9 +1263,24 @@ impl World {
         let n = &mut self.nodes[to];
         let Some(member) = &mut n.member else { return Ok(()) };
         let mut txn = call.txn.clone();
+        if let Some(RequestId::Series { seq, acked_below, .. }) = &mut txn.request {
+            match self.options.bug {
+                Some(Bug::NumberTries) => *seq += 1_000_000 * u64::from(attempt - 1),
+                Some(Bug::AcknowledgeBelow) => *acked_below = *seq,
+                _ => {}
+            }
+        }
+        if self.options.bug == Some(Bug::ForgetAnswers)
+            && txn
+                .request
+                .and_then(|id| self.again.get(&id))
+                .is_some_and(|again| self.now > again.since_us + 60 * SECOND)
+        {
+            txn.request = None;
+        }
         if let Some(Bug::Native(bug)) = self.options.bug {
-            let jumped = n.wall_ms > FIRST_WALL_MS + 10_000;
-            for first in native::spoil_request(bug, member.machine(), jumped, &mut txn) {
+            let wall = n.wall_ms + self.now / 1_000;
+            for first in native::spoil_request(bug, member.machine(), wall, &mut txn) {
                 let caller = Caller { call: 0, attempt: 0, since_us: self.now, due_ms: None };
                 n.tickets.extend(member.submit(first).map(|ticket| (ticket, caller)));
             }
@@ -1322,9 +1420,7 @@ impl World {
         if let Some(person) = call.person {
             let state = &mut self.people[person].state;
             state.open -= 1;
-            if let Some(RequestId::Session { seq, .. }) = call.txn.request {
-                state.open_seqs.retain(|s| *s != seq);
-            }
+            state.close_request(call.txn.request);
         }
         if let Some(probe) = self.probes.get_mut(&call.node) {
             if probe.write == Some(number) {
@@ -1405,6 +1501,7 @@ impl World {
             native::spoil_answer(bug, &call.txn, &mut reply);
         }
         if let Some(id) = call.txn.request {
+            self.answered_again(id, call, &reply)?;
             self.requests.answered(id, &reply)?;
         }
         if !reply.replayed && reply.revision.0 < call.revision_before {
@@ -1412,6 +1509,9 @@ impl World {
                 "call {} got revision {} after {} had been told",
                 call.number, reply.revision, call.revision_before
             ));
+        }
+        if client::is_disowned(&call.txn.request, &reply.result) {
+            return Err(format!("call {} is open, and its number is taken for answered: {reply:?}", call.number));
         }
         // An old request under a session that is gone, or one that its client has counted as answered meanwhile: its outcome cannot be
         // told any more.
@@ -1575,6 +1675,10 @@ impl World {
         if !self.run_to(calm + 12 * SECOND, quiet)? {
             self.judge.overdue(calm, self.now, 2 * SECOND)?;
         }
+        if !self.idle && !self.run_to(self.now + 5 * SECOND, Self::duties_are_done)? {
+            return Err(format!("what whoever leads does of itself is not done: {}", self.facts()));
+        }
+        self.idle = true;
         if !self.run_to(self.now + 5 * SECOND, |w| w.level())? {
             return Err(format!("members do not come to one state: {}", self.facts()));
         }

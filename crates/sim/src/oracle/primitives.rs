@@ -9,8 +9,10 @@
 //! configuration are for `versions.rs`, and what members hold at any time is for `standing.rs`.
 //! Not promised. Anything about operations that nobody was told of, but that they happen at most once.
 //! Relies on. Clients that add one at a time, whose jobs of one group are enqueued with numbers, and that tell here whenever an
-//! outcome stays unknown. Retentions are longer than a run.
+//! outcome stays unknown. What comes back under a name after its retention (`retention.rs`) is judged as something else.
 
+use super::duties::Duties;
+use super::retention::{Retention, Thing as Kept};
 use super::rights::{Grant, Rights, Thing};
 use super::standing::{ELECTION, SERVICE, Standing};
 use super::versions::Versions;
@@ -45,14 +47,12 @@ struct Once {
     granted: BTreeMap<u64, (u32, u64)>,
     /// The result, the attempt that gave it, and the revision at which it was known.
     result: Option<(PackedResult, u64, u64)>,
-    /// Every begin of it forbids takeover.
+    /// No attempt may be followed by another before somebody ends it.
     stays: bool,
     /// Attempts that somebody has asked to end without a result.
     freed: BTreeSet<u64>,
     /// Attempts whose completion was refused as fenced, with the result that each had.
     refused: Vec<(u64, PackedResult)>,
-    /// Something of it stayed unknown.
-    unknown: bool,
 }
 
 /// What became of a part of a pool.
@@ -81,19 +81,26 @@ pub struct Primitives {
     rights: Rights,
     standing: Standing,
     versions: Versions,
+    duties: Duties,
+    retention: Retention,
     /// Who was to lead, under which revision, by the resignation of which token.
     named: Vec<(u64, u64, SessionId)>,
     /// How often it was asked for: one that is said again names nobody.
     resigned: BTreeMap<u64, u32>,
     pools: BTreeMap<Box<str>, Parts>,
     /// Who put a marker, as those who came later were told, and the token.
-    told: BTreeMap<Box<str>, (Box<str>, u64)>,
+    told: BTreeMap<(Box<str>, usize), (Box<str>, u64)>,
     counters: BTreeMap<Box<[u8]>, Count>,
     numbers: BTreeMap<Box<[u8]>, Given>,
     jobs: BTreeMap<JobId, Seen>,
     /// The call that put a marker, and the revision.
-    marked: BTreeMap<Box<str>, (u64, u64)>,
-    once: BTreeMap<Box<str>, Once>,
+    marked: BTreeMap<(Box<str>, usize), (u64, u64)>,
+    /// Each life of a key by itself.
+    once: BTreeMap<(Box<str>, usize), Once>,
+    /// Keys whose begins forbid takeover.
+    stays: BTreeSet<Box<str>>,
+    /// Keys of which something stayed unknown.
+    unclear: BTreeSet<Box<str>>,
     /// How many answers were judged, by primitive.
     pub judged: BTreeMap<&'static str, u64>,
 }
@@ -115,6 +122,7 @@ impl Primitives {
                 ("configuration", self.versions.changed(call, op, after, at))
             }
             (NativeOp::Reservation(op), NativeReply::Reservation(reply)) => ("pools", self.pool(call, op, reply)),
+            (NativeOp::Schedule(op), NativeReply::Schedule(reply)) => ("schedules", self.duties.done(op, reply, at)),
             _ => ("others", Ok(())),
         };
         *self.judged.entry(primitive).or_default() += 1;
@@ -137,15 +145,14 @@ impl Primitives {
                 self.rights.asked(instance(&register.instance), register.spec.session);
             }
             NativeOp::Registry(RegistryOp::Deregister(of)) => self.may_end(instance(&of.instance), of.token.0),
-            NativeOp::Idempotency(op) => {
-                let once = self.once.entry(op.name().key.clone()).or_default();
-                match op {
-                    IdempotencyOp::Begin(begin) => once.stays = !begin.takeover,
-                    IdempotencyOp::Fail(AttemptFail { attempt, .. })
-                    | IdempotencyOp::Reconcile(AttemptReconcile { attempt, .. }) => drop(once.freed.insert(attempt.0)),
-                    _ => {}
+            NativeOp::Idempotency(op) => match op {
+                IdempotencyOp::Begin(begin) if !begin.takeover => drop(self.stays.insert(begin.name.key.clone())),
+                IdempotencyOp::Fail(AttemptFail { name, attempt, .. })
+                | IdempotencyOp::Reconcile(AttemptReconcile { name, attempt, .. }) => {
+                    self.once(&name.key, attempt.0).freed.insert(attempt.0);
                 }
-            }
+                _ => {}
+            },
             _ => {}
         }
     }
@@ -164,7 +171,8 @@ impl Primitives {
                 self.counters.entry(add.name.clone()).or_default().unknown += 1;
             }
             NativeOp::Config(op) => self.versions.unknown(op),
-            NativeOp::Idempotency(op) => self.once.entry(op.name().key.clone()).or_default().unknown = true,
+            NativeOp::Schedule(op) => self.duties.unknown(op),
+            NativeOp::Idempotency(op) => drop(self.unclear.insert(op.name().key.clone())),
             NativeOp::Reservation(ReservationOp::Confirm(hold)) => {
                 let parts = self.pools.entry(hold.pool.clone()).or_default();
                 parts.unknown_confirmed += parts.granted.get(&hold.id).map_or(0, |part| part.quantity);
@@ -182,7 +190,7 @@ impl Primitives {
             && let Rejection::Refused(refusal) = why
             && refusal.code == RefusalCode::Fenced
         {
-            let once = self.once.entry(complete.name.key.clone()).or_default();
+            let once = self.once(&complete.name.key, complete.attempt.0);
             once.refused.push((complete.attempt.0, complete.result.clone()));
         }
     }
@@ -200,6 +208,8 @@ impl Primitives {
     /// What any member holds at any time.
     pub fn look(&mut self, machine: &Machine) -> Result<(), String> {
         self.standing.look(machine)?;
+        self.duties.look(machine, SERVICE)?;
+        self.retention.look(machine)?;
         self.versions.look(machine)
     }
 
@@ -219,7 +229,11 @@ impl Primitives {
         self.groups_in_order()?;
         self.rights.check()?;
         self.versions.finish(machine)?;
-        self.once.iter().try_for_each(|(key, once)| check_refused(key, once))?;
+        self.duties.finish()?;
+        for ((key, _), once) in self.once.iter().filter(|((key, _), _)| !self.unclear.contains(key)) {
+            let of_key = Kept::Key(key.clone());
+            check_refused(key, once, |attempt| self.retention.is_over(&of_key, attempt))?;
+        }
         for (token, at, session) in self.named.iter().filter(|(token, ..)| self.resigned.get(token) == Some(&1)) {
             if self.standing.leaders.get(at).is_some_and(|leader| leader != session) {
                 let leaders = &self.standing.leaders;
@@ -386,6 +400,7 @@ impl Primitives {
 
     fn received(&mut self, call: u64, received: &Received) -> Result<(), String> {
         for job in &received.jobs {
+            self.duties.given(job)?;
             let seen = self.jobs.entry(job.id).or_default();
             seen.group = job.terms.as_ref().and_then(|terms| terms.group.as_ref().map(|group| group.to_vec()));
             let before = seen.deliveries.insert(job.token.0, (job.attempt, call));
@@ -445,14 +460,16 @@ impl Primitives {
             MarkerReply::AlreadyDone(done) => (&done.by, done.token.0),
             _ => return Ok(()),
         };
-        let known = self.told.entry(once.name.clone()).or_insert((by.clone(), token));
+        let of_marker = Kept::Marker(once.name.clone());
+        let named = |token| (once.name.clone(), self.retention.life(&of_marker, token));
+        let known = self.told.entry(named(token)).or_insert((by.clone(), token));
         if (&known.0, known.1) != (by, token) {
             return Err(format!("marker {} was put by {known:?} and by {by} under {token}", once.name));
         }
         if let MarkerReply::AlreadyDone(_) = reply {
             return Ok(());
         }
-        match self.marked.insert(once.name.clone(), (call, at)) {
+        match self.marked.insert(named(token), (call, at)) {
             Some(before) if before != (call, at) => {
                 Err(format!("marker {} was put by {before:?} and by {:?}", once.name, (call, at)))
             }
@@ -462,10 +479,17 @@ impl Primitives {
 
     // ---- Idempotency ----
 
+    /// The life of a key that an attempt is of.
+    fn once(&mut self, key: &str, attempt: u64) -> &mut Once {
+        let (key, stays) = (Box::<str>::from(key), self.stays.contains(key));
+        let life = self.retention.life(&Kept::Key(key.clone()), attempt);
+        self.once.entry((key, life)).or_insert(Once { stays, ..Once::default() })
+    }
+
     fn idempotency(&mut self, call: u64, op: &IdempotencyOp, reply: &IdempotencyReply, at: u64) -> Result<(), String> {
         match (op, reply) {
             (IdempotencyOp::Begin(begin), IdempotencyReply::Granted(granted)) => {
-                let once = self.once.entry(begin.name.key.clone()).or_default();
+                let once = self.once(&begin.name.key, granted.attempt.0);
                 let before = once.granted.insert(granted.attempt.0, (granted.number, call));
                 if before.is_some_and(|before| before != (granted.number, call)) {
                     return Err(format!("attempt {} of {:?} was granted twice", granted.attempt, begin.name));
@@ -473,6 +497,10 @@ impl Primitives {
                 check_once(&begin.name.key, once)
             }
             (IdempotencyOp::Begin(begin), IdempotencyReply::Replay(replay)) => {
+                let kept_ms = Kept::Key(begin.name.key.clone()).kept_ms();
+                if replay.finished_ms >= kept_ms {
+                    return Err(format!("{:?} is replayed after {} ms", begin.name, replay.finished_ms));
+                }
                 let known_at = at.max(replay.attempt.0);
                 self.result(&begin.name.key, replay.result.clone(), replay.attempt.0, known_at)
             }
@@ -484,7 +512,7 @@ impl Primitives {
     }
 
     fn result(&mut self, key: &str, result: PackedResult, attempt: u64, at: u64) -> Result<(), String> {
-        let once = self.once.entry(key.into()).or_default();
+        let once = self.once(key, attempt);
         let first = once.result.get_or_insert((result.clone(), attempt, at));
         if (&first.0, first.1) != (&result, attempt) {
             return Err(format!("key {key} has result {result:?} of attempt {attempt}, and had {first:?}"));
@@ -533,11 +561,11 @@ impl Parts {
 }
 
 /// A completion is refused only where something else came of its attempt.
-fn check_refused(key: &str, once: &Once) -> Result<(), String> {
+fn check_refused(key: &str, once: &Once, is_over: impl Fn(u64) -> bool) -> Result<(), String> {
     for (attempt, result) in &once.refused {
         let later = once.granted.range(attempt + 1..).next().is_some();
         let other = once.result.as_ref().is_some_and(|known| (&known.0, known.1) != (result, *attempt));
-        if !later && !other && !once.unknown && !once.freed.contains(attempt) {
+        if !later && !other && !is_over(*attempt) && !once.freed.contains(attempt) {
             return Err(format!(
                 "the result of attempt {attempt} of {key} was refused, and nothing had replaced it: {once:?}"
             ));
@@ -572,11 +600,12 @@ mod tests {
         let mut once = Once { stays: true, refused: vec![(7, result.clone())], ..Once::default() };
         once.granted.insert(7, (1, 1));
         assert!(check_once("k", &once).is_ok());
-        assert!(check_refused("k", &once).is_err());
+        assert!(check_refused("k", &once, |_| false).is_err());
+        assert!(check_refused("k", &once, |_| true).is_ok(), "its time was over");
         once.result = Some((result, 7, 9));
-        assert!(check_refused("k", &once).is_err(), "it was taken");
+        assert!(check_refused("k", &once, |_| false).is_err(), "it was taken");
         once.granted.insert(11, (2, 2));
-        assert!(check_refused("k", &once).is_ok(), "another has followed");
+        assert!(check_refused("k", &once, |_| false).is_ok(), "another has followed");
         once.result = None;
         assert!(check_once("k", &once).is_err(), "which it forbids");
         once.freed.insert(7);

@@ -10,10 +10,16 @@ pub struct Requests {
 }
 
 impl Requests {
+    /// What is asked under this id from now on is asked anew.
+    pub fn is_over(&mut self, id: RequestId) {
+        self.answers.remove(&named(id));
+    }
+
     pub fn answered(&mut self, id: RequestId, reply: &Reply) -> Result<(), String> {
         if is_about_the_table(&reply.result) {
             return Ok(());
         }
+        let id = named(id);
         self.replayed += u64::from(reply.replayed);
         let Some(first) = self.answers.get(&id) else {
             self.answers.insert(id, reply.clone());
@@ -26,6 +32,16 @@ impl Requests {
             return Err(format!("request {id:?} was answered {first:?} and then {reply:?}"));
         }
         Ok(())
+    }
+}
+
+/// What a caller says beside it that it has is no part of a name.
+fn named(id: RequestId) -> RequestId {
+    let acked_below = 0;
+    match id {
+        RequestId::Session { session, seq, .. } => RequestId::Session { session, seq, acked_below },
+        RequestId::Series { series, seq, .. } => RequestId::Series { series, seq, acked_below },
+        RequestId::Uuid(_) => id,
     }
 }
 

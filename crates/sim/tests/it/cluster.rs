@@ -65,7 +65,11 @@ fn a_renewal_answered_at_once() {
 
 #[test]
 fn a_folder_that_comes_back_refilled() {
-    inside(Sabotage::ForgetStorage, 0..200, &["out of range", "gave", "instead of", "is led by"]);
+    inside(
+        Sabotage::ForgetStorage,
+        0..200,
+        &["out of range", "gave", "instead of", "is led by", "on a folder that is not its own"],
+    );
 }
 
 #[test]
@@ -77,7 +81,11 @@ fn a_local_flag_in_apply() {
 fn an_entry_that_is_applied_twice() {
     // What comes between the two may be seen first: a compare that fails at the second time, or a register that jumps back. One that took
     // a snapshot has done it once.
-    inside(Sabotage::ApplyTwice, 0..20, &["and again at", "was refused and is done at", "no order explains", "gave"]);
+    inside(
+        Sabotage::ApplyTwice,
+        0..20,
+        &["and again at", "was refused and is done at", "no order explains", "gave", "was acknowledged at"],
+    );
 }
 
 #[test]
@@ -99,6 +107,21 @@ fn a_second_holder() {
 #[test]
 fn another_answer_to_a_retry() {
     caught(Bug::WrongReplay, 0..60, &["was acknowledged at", "was answered", "had been told"]);
+}
+
+#[test]
+fn a_number_for_each_try() {
+    // What comes between the two may be seen first, as with a forward that is repeated.
+    caught(
+        Bug::NumberTries,
+        0..60,
+        &["and again at", "was refused and is done at", "did nothing and is done", "no order explains", "ran again"],
+    );
+}
+
+#[test]
+fn open_numbers_that_are_taken_for_answered() {
+    caught(Bug::AcknowledgeBelow, 0..60, &["is taken for answered"]);
 }
 
 #[test]
@@ -160,7 +183,7 @@ fn a_lead_that_goes_to_somebody_else() {
 
 #[test]
 fn markers_that_a_jump_of_the_clock_clears_away() {
-    native(NativeBug::SweepByWall, &["was put by"]);
+    native(NativeBug::SweepByWall, &["was put by", "before its retention is over"]);
 }
 
 #[test]
@@ -171,6 +194,41 @@ fn a_late_result_that_is_refused() {
 #[test]
 fn a_confirmed_part_that_is_cancelled() {
     native(NativeBug::CancelConfirmed, &["became"]);
+}
+
+#[test]
+fn results_and_markers_that_go_early() {
+    native(NativeBug::ShortRetention, &["before its retention is over"]);
+}
+
+#[test]
+fn answers_that_are_forgotten_early() {
+    caught(Bug::ForgetAnswers, 0..300, &["ran again"]);
+}
+
+#[test]
+fn ticks_that_are_taken_from_the_clock() {
+    native(NativeBug::TickByClock, &["was taken at"]);
+}
+
+#[test]
+fn a_tick_that_ends_a_pause() {
+    native(NativeBug::ResumeByTick, &["and it was paused at"]);
+}
+
+#[test]
+fn jobs_of_a_schedule_beside_each_other() {
+    native(NativeBug::Overlap, &["beside job"]);
+}
+
+#[test]
+fn duties_that_nobody_takes_over() {
+    native(NativeBug::OneRunner, &["is not done"]);
+}
+
+#[test]
+fn a_report_of_whoever_led_before() {
+    native(NativeBug::NewestTerm, &["and the log had come to term"]);
 }
 
 #[test]
