@@ -4,6 +4,7 @@
 //! where there is something to do about it, one that starts with `hint:`. Both go to standard error.
 
 use std::fmt;
+use std::io::Read as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -244,6 +245,22 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         rest = tail;
     }
     if text.is_empty() { Err(wrong()) } else { Ok(total) }
+}
+
+/// A name with a value.
+pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or_else(|| format!("`{text}` is not NAME=VALUE"))?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+/// What is to be stored: the argument, or standard input for `-`.
+pub(crate) fn payload(text: String) -> std::io::Result<Vec<u8>> {
+    if text != "-" {
+        return Ok(text.into_bytes());
+    }
+    let mut bytes = Vec::new();
+    std::io::stdin().lock().read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Writes rows under their headings in columns as wide as their widest cell.

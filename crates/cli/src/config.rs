@@ -12,7 +12,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use tenure_client::{Client, Code, ConfigChange, ConfigEvent, ConfigRollout, ConfigVersion};
 
-use crate::common::{Common, Failure, Output, OutputArg, exit, print_table};
+use crate::common::{Common, Failure, Output, OutputArg, exit, pair, print_table};
 
 #[derive(Debug, Args)]
 pub(crate) struct ConfigArgs {
@@ -547,11 +547,6 @@ fn with_content(one: &ConfigVersion) -> Value {
 fn percent(text: &str) -> Result<f64, String> {
     let number = text.trim_end_matches('%').parse().ok().filter(|number| (0.0..=100.0).contains(number));
     number.ok_or_else(|| format!("`{text}` is not 0 to 100 percent"))
-}
-
-fn pair(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text.split_once('=').ok_or_else(|| format!("`{text}` is not NAME=VALUE"))?;
-    Ok((name.to_owned(), value.to_owned()))
 }
 
 #[cfg(test)]

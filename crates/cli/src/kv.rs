@@ -2,10 +2,9 @@
 //!
 //! A value that is not valid UTF-8 is printed as it is by `get` (so that it can go into a file) and as base64 in JSON.
 
-use crate::common::{Common, Failure, Output, OutputArg, exit};
+use crate::common::{Common, Failure, Output, OutputArg, exit, payload};
 use anyhow::Result;
 use base64::Engine as _;
-use bytes::Bytes;
 use serde_json::{Value, json};
 use std::io::{Read as _, Write as _};
 use std::process::ExitCode;
@@ -200,15 +199,7 @@ fn print_records(records: &[Record], values_only: bool, keys_only: bool) -> Resu
 }
 
 async fn put(client: &Client, args: PutArgs) -> Result<ExitCode> {
-    let value = match args.value.as_str() {
-        "-" => {
-            let mut bytes = Vec::new();
-            std::io::stdin().lock().read_to_end(&mut bytes)?;
-            Bytes::from(bytes)
-        }
-        _ => Bytes::from(args.value),
-    };
-    let mut put = client.put(args.key, value).session(args.session);
+    let mut put = client.put(args.key, payload(args.value)?).session(args.session);
     for proof in args.require_lock {
         put = put.require_lock(proof);
     }

@@ -5,7 +5,6 @@
 //! (EX_TEMPFAIL) gives it back unharmed, and any other is a failed attempt. SIGTERM or SIGINT once: no new job, and those that run are finished.
 
 use std::ffi::OsString;
-use std::io::Read as _;
 use std::process::{ExitCode, Stdio};
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ use tenure_client::{
 use tokio::io::AsyncWriteExt as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::common::{Common, Failure, Output, OutputArg, duration, exit, print_table};
+use crate::common::{self, Common, Failure, Output, OutputArg, duration, exit, pair, print_table};
 
 /// A command that ends with it wants its job to be tried again without a lost attempt.
 const TEMPFAIL: i32 = 75;
@@ -197,7 +196,16 @@ struct PutArgs {
     /// With --key: fail where there is such a job (exit code 10)
     #[arg(long, requires = "key")]
     unique: bool,
-    /// Ready after this time
+    #[command(flatten)]
+    job: JobArgs,
+    #[command(flatten)]
+    output: OutputArg,
+}
+
+/// How a job is treated, wherever one is made.
+#[derive(Debug, Args)]
+pub(crate) struct JobArgs {
+    /// Ready after this time; of a schedule, counted from its tick
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     delay: Option<Duration>,
     /// -8 to 7, higher first
@@ -221,8 +229,24 @@ struct PutArgs {
     /// For whoever receives it
     #[arg(long = "header", value_name = "NAME=VALUE", value_parser = pair)]
     headers: Vec<(String, String)>,
-    #[command(flatten)]
-    output: OutputArg,
+}
+
+impl JobArgs {
+    pub(crate) fn job(self, payload: String) -> std::io::Result<NewJob> {
+        let mut job =
+            NewJob::new(common::payload(payload)?).priority(self.priority).group(self.group).tenant(self.tenant);
+        job = job.max_attempts(self.max_attempts);
+        if let Some(delay) = self.delay {
+            job = job.delay(delay);
+        }
+        if let Some(visibility) = self.visibility {
+            job = job.visibility(visibility);
+        }
+        if let Some(ttl) = self.ttl {
+            job = job.ttl(ttl);
+        }
+        Ok(self.headers.into_iter().fold(job, |job, (name, value)| job.header(name, value)))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -334,11 +358,6 @@ struct WorkArgs {
     command: Vec<OsString>,
 }
 
-pub(crate) fn pair(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text.split_once('=').ok_or_else(|| format!("`{text}` is not NAME=VALUE"))?;
-    Ok((name.to_owned(), value.to_owned()))
-}
-
 fn weight(text: &str) -> Result<(String, u32), String> {
     let (tenant, weight) = pair(text)?;
     let weight = weight.parse().map_err(|_| format!("`{weight}` is not a weight of 1 to 1000"))?;
@@ -399,15 +418,7 @@ pub(crate) async fn run(common: &Common, args: QueueArgs) -> anyhow::Result<Exit
 }
 
 async fn put(client: &Client, args: PutArgs) -> anyhow::Result<()> {
-    let payload = if args.payload == "-" {
-        let mut bytes = Vec::new();
-        std::io::stdin().read_to_end(&mut bytes)?;
-        bytes
-    } else {
-        args.payload.into_bytes()
-    };
-    let mut job = NewJob::new(payload).priority(args.priority).group(args.group).tenant(args.tenant);
-    job = job.max_attempts(args.max_attempts);
+    let mut job = args.job.job(args.payload)?;
     if let Some(key) = args.key {
         job = job.key(key).on_duplicate(match (args.replace, args.unique) {
             (true, _) => OnDuplicate::ReplacePayload,
@@ -420,18 +431,6 @@ async fn put(client: &Client, args: PutArgs) -> anyhow::Result<()> {
         (None, true) => job.key_until_started(),
         (None, false) => job,
     };
-    if let Some(delay) = args.delay {
-        job = job.delay(delay);
-    }
-    if let Some(visibility) = args.visibility {
-        job = job.visibility(visibility);
-    }
-    if let Some(ttl) = args.ttl {
-        job = job.ttl(ttl);
-    }
-    for (name, value) in args.headers {
-        job = job.header(name, value);
-    }
     let enqueued = client.queue(args.queue).enqueue(job).await?;
     match args.output.output {
         Output::Json => println!("{}", json!({ "id": enqueued.id, "duplicate": enqueued.duplicate })),

@@ -1,6 +1,5 @@
 //! `tenure schedule`: jobs that are enqueued by the calendar.
 
-use std::io::Read as _;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
@@ -8,9 +7,10 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
-use tenure_client::{Client, NewJob, ScheduleInfo};
+use tenure_client::{Client, ScheduleInfo};
 
 use crate::common::{Common, Failure, Output, OutputArg, duration, exit, print_table};
+use crate::queue::JobArgs;
 
 #[derive(Debug, Args)]
 pub(crate) struct ScheduleArgs {
@@ -91,30 +91,8 @@ struct PutArgs {
     /// A tick enqueues nothing while a job with this key is not done
     #[arg(long, value_name = "KEY")]
     key: Option<String>,
-    /// Jobs are ready this long after their tick
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
-    delay: Option<Duration>,
-    /// -8 to 7, higher first
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true, hide_default_value = true)]
-    priority: i32,
-    /// Jobs of a group run in order
-    #[arg(long, default_value = "", hide_default_value = true)]
-    group: String,
-    /// Tenants take turns
-    #[arg(long, default_value = "", hide_default_value = true)]
-    tenant: String,
-    /// In place of the queue's
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    max_attempts: u32,
-    /// In place of the queue's
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
-    visibility: Option<Duration>,
-    /// A job is dead if it is not delivered within this time
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
-    ttl: Option<Duration>,
-    /// A header of each job, as NAME=VALUE
-    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = super::queue::pair)]
-    headers: Vec<(String, String)>,
+    #[command(flatten)]
+    job: JobArgs,
     /// Only if there is no such schedule (exit code 10)
     #[arg(long, conflicts_with = "if_revision")]
     if_absent: bool,
@@ -158,29 +136,9 @@ pub(crate) async fn run(common: &Common, args: ScheduleArgs) -> anyhow::Result<E
 }
 
 async fn put(client: &Client, args: PutArgs) -> anyhow::Result<()> {
-    let payload = if args.payload == "-" {
-        let mut bytes = Vec::new();
-        std::io::stdin().read_to_end(&mut bytes)?;
-        bytes
-    } else {
-        args.payload.into_bytes()
-    };
-    let mut job = NewJob::new(payload).priority(args.priority).group(args.group).tenant(args.tenant);
-    job = job.max_attempts(args.max_attempts);
+    let mut job = args.job.job(args.payload)?;
     if let Some(key) = args.key {
         job = job.key(key);
-    }
-    if let Some(delay) = args.delay {
-        job = job.delay(delay);
-    }
-    if let Some(visibility) = args.visibility {
-        job = job.visibility(visibility);
-    }
-    if let Some(ttl) = args.ttl {
-        job = job.ttl(ttl);
-    }
-    for (name, value) in args.headers {
-        job = job.header(name, value);
     }
     let schedule = client.schedule(args.name);
     let mut put = schedule.put(args.calendar, args.queue, job).zone(&args.zone);
