@@ -19,6 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::error::{Code, Error, Outcome, Problem, of_read};
 use crate::pipeline::{Answer, Pipeline, RECEIVE_BYTES, Undelivered};
 use crate::requests;
+use crate::session::{NamedRequest, Session};
 
 /// The longest time over which a request id is used.
 pub const RETRY_MAX: Duration = Duration::from_secs(5 * 60);
@@ -197,11 +198,20 @@ impl Client {
         method: &'static str,
         request: &Q,
     ) -> Result<A, Error> {
-        let call = v1::UnaryCall { method: method.to_owned(), body: request.encode_to_vec().into() };
+        self.by_path(plan, method, request.encode_to_vec()).await
+    }
+
+    async fn by_path<A: Message + Default>(&self, plan: Plan, method: &'static str, body: Vec<u8>) -> Result<A, Error> {
+        let call = v1::UnaryCall { method: method.to_owned(), body: body.into() };
         match self.call(plan, Call::Unary(call)).await? {
             Reply::Unary(bytes) => A::decode(bytes).map_err(|error| Error::Protocol(error.to_string())),
             _ => Err(mismatched(plan.what)),
         }
+    }
+
+    /// The next number of a session, if one is given and has a place; else a fresh id.
+    pub(crate) fn request_id_under(&self, session: Option<&Session>) -> Result<RequestId, Error> {
+        session.and_then(Session::next_request).map_or_else(|| self.request_id(), |named| Ok(RequestId::Named(named)))
     }
 
     /// A fresh request id for a change: a number where the cluster is known to know series, else a one-shot id. It is kept until the call is over.
@@ -223,11 +233,7 @@ impl Client {
         let mut body = request.encode_to_vec();
         // Every request of a change has its id in this field; a test of the definitions holds it.
         prost::encoding::message::encode(REQUEST_FIELD, &id.meta(), &mut body);
-        let call = v1::UnaryCall { method: method.to_owned(), body: body.into() };
-        match self.call(plan, Call::Unary(call)).await? {
-            Reply::Unary(bytes) => A::decode(bytes).map_err(|error| Error::Protocol(error.to_string())),
-            _ => Err(mismatched(plan.what)),
-        }
+        self.by_path(plan, method, body).await
     }
 
     /// A plan for a call that may rightly take `wait` more than the usual time.
@@ -420,6 +426,7 @@ where
 pub(crate) enum RequestId {
     OneShot(v1::RequestMeta),
     Numbered(requests::Number),
+    Named(NamedRequest),
 }
 
 impl RequestId {
@@ -427,6 +434,7 @@ impl RequestId {
         match self {
             Self::OneShot(meta) => meta.clone(),
             Self::Numbered(number) => number.meta(),
+            Self::Named(named) => named.meta(),
         }
     }
 }

@@ -12,7 +12,7 @@ use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Reply;
 use tenure_wire::tenure::v1::request::Call;
 
-use crate::client::{Client, RequestId, mismatched};
+use crate::client::{Client, mismatched};
 use crate::error::{Error, found};
 use crate::lock::LockGuard;
 use crate::session::Session;
@@ -191,10 +191,8 @@ impl Client {
         call: impl FnOnce(v1::RequestMeta) -> Call,
     ) -> Result<Reply, Error> {
         // The number stays open until the last try is over: whoever drops the future early will not send it again either.
-        let named = under.and_then(Session::next_request);
-        let own = if named.is_none() { Some(self.request_id()?) } else { None };
-        let meta = named.as_ref().map(|named| named.meta()).or_else(|| own.as_ref().map(RequestId::meta));
-        self.call(self.plan(what, true), call(meta.unwrap_or_default())).await
+        let id = self.request_id_under(under)?;
+        self.call(self.plan(what, true), call(id.meta())).await
     }
 }
 

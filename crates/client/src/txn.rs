@@ -16,7 +16,7 @@ use tenure_wire::tenure::v1::idempotency_fail_request::How;
 use tenure_wire::tenure::v1::txn_answer::Answer as Wire;
 use tenure_wire::tenure::v1::txn_op::Op as Asked;
 
-use crate::client::{Client, RequestId, mismatched, one_shot};
+use crate::client::{Client, mismatched, one_shot};
 use crate::config::{ConfigChange, ConfigRollout, PublishConfig};
 use crate::election::Leadership;
 use crate::error::Error;
@@ -776,9 +776,8 @@ impl Transaction<'_> {
 
     async fn run(self) -> Result<TransactionReply, Error> {
         let Self { client, mut request, under } = self;
-        let named = under.as_ref().and_then(Session::next_request);
-        let own = if named.is_none() { Some(client.request_id()?) } else { None };
-        request.request = named.as_ref().map(|named| named.meta()).or_else(|| own.as_ref().map(RequestId::meta));
+        let id = client.request_id_under(under.as_ref())?;
+        request.request = Some(id.meta());
         let reply = client.send(request).await?;
         let header = reply.header.unwrap_or_default();
         let body = v1::TxnBodyReply { succeeded: reply.succeeded, answers: reply.answers, failed: reply.failed };
