@@ -180,11 +180,8 @@ impl Requests {
     /// no such gaps, drops the same at the same entry.
     fn oldest(&mut self) -> Option<(&OneShot, LogTime)> {
         while let Some((order, id)) = self.drop_order.front() {
-            match self.one_shot.get(id).map(|r| &r.state) {
-                Some(State::Answered { at, order: kept, .. }) if kept == order => {
-                    let at = *at;
-                    return self.drop_order.front().map(|(_, id)| (id, at));
-                }
+            match self.one_shot.get(id).and_then(Remembered::answered) {
+                Some((at, kept)) if kept == *order => return self.drop_order.front().map(|(_, id)| (id, at)),
                 _ => drop(self.drop_order.pop_front()),
             }
         }
@@ -204,18 +201,24 @@ impl Requests {
         match self.one_shot.get(&id) {
             Some(r) if !r.is_over(now) => return r.seen(digest),
             // Its time is over and its turn to be dropped has not come: for every question it is gone.
-            Some(_) => drop(self.set_one_shot(id, None)),
+            Some(_) => self.set_one_shot(id, None),
             None => {}
         }
-        while self.kept() >= max && self.drop_oldest(now) {}
-        if self.kept() >= max {
-            return Seen::Refused(Rejection::RateLimited { what: name::ONE_SHOT_REQUESTS, limit: max });
-        }
-        Seen::New
+        self.make_room(now, max).map_or_else(Seen::Refused, |()| Seen::New)
     }
 
     fn kept(&self) -> u64 {
         (self.one_shot.len() + self.series.len()) as u64
+    }
+
+    /// Makes a place for another one-shot request or series, if only by forgetting what is old.
+    fn make_room(&mut self, now: LogTime, max: u64) -> Result<(), Rejection> {
+        while self.kept() >= max {
+            if !self.drop_oldest(now) {
+                return Err(Rejection::RateLimited { what: name::ONE_SHOT_REQUESTS, limit: max });
+            }
+        }
+        Ok(())
     }
 
     /// Looks a request of a series up before it runs, and forgets what the caller has acknowledged. `max`: open requests of a series, and
@@ -231,9 +234,8 @@ impl Requests {
     ) -> Seen {
         let id: SeriesId = (series, principal.into());
         let Some(found) = self.series.get_mut(&id) else {
-            while self.kept() >= max[1] && self.drop_oldest(now) {}
-            if self.kept() >= max[1] {
-                return Seen::Refused(Rejection::RateLimited { what: name::ONE_SHOT_REQUESTS, limit: max[1] });
+            if let Err(full) = self.make_room(now, max[1]) {
+                return Seen::Refused(full);
             }
             if seq < acked_below {
                 return Seen::Refused(acknowledged(seq, series));
@@ -284,11 +286,11 @@ impl Requests {
     }
 
     /// Sets what is known of a request of a series, unless the series is gone.
-    fn set_in_series(&mut self, principal: &str, series: u64, seq: u64, new: Option<Remembered>, now: Option<LogTime>) {
+    fn set_in_series(&mut self, principal: &str, series: u64, seq: u64, new: Option<Remembered>) {
         let id: SeriesId = (series, principal.into());
         let Some(found) = self.series.get_mut(&id) else { return };
         let (at, used) = ((found.number, seq), found.used);
-        let added = u64::from(new.is_some());
+        let (added, answered) = (u64::from(new.is_some()), new.as_ref().and_then(Remembered::answered));
         self.bytes += new.as_ref().map_or(0, Remembered::bytes);
         let old = match new {
             Some(new) => self.in_series.insert(at, new),
@@ -296,18 +298,13 @@ impl Requests {
         };
         found.open = found.open + added - u64::from(old.is_some());
         self.bytes -= old.as_ref().map_or(0, Remembered::bytes);
-        if let Some(now) = now {
+        if let Some((now, _)) = answered {
             self.use_series(&id, used, now);
         }
     }
 
     fn forget_in_series(&mut self, at: InSeries) {
         self.bytes -= self.in_series.remove(&at).as_ref().map_or(0, Remembered::bytes);
-    }
-
-    fn in_series(&self, principal: &str, series: u64, seq: u64) -> Option<&Remembered> {
-        let number = self.series.get(&(series, principal.into()))?.number;
-        self.in_series.get(&(number, seq))
     }
 
     /// Looks a request of a live session up before it runs, and forgets what the session has acknowledged.
@@ -336,12 +333,29 @@ impl Requests {
 
     /// The answer that is kept for a request, without running or forgetting anything. `None`: it is not known, or it waits.
     pub(crate) fn find(&self, principal: &str, request: &RequestId, digest: [u8; 16], now: LogTime) -> Option<Seen> {
-        let kept = match request {
-            RequestId::Uuid(uuid) => self.one_shot.get(&(principal.into(), *uuid)).filter(|r| !r.is_over(now)),
+        let is_one_shot = matches!(request, RequestId::Uuid(_));
+        self.known(principal, request).filter(|r| !is_one_shot || !r.is_over(now)).map(|r| r.seen(digest))
+    }
+
+    /// What is known of a request, also where its time is over.
+    fn known(&self, principal: &str, request: &RequestId) -> Option<&Remembered> {
+        match request {
+            RequestId::Uuid(uuid) => self.one_shot.get(&(principal.into(), *uuid)),
             RequestId::Session { session, seq, .. } => self.numbered.get(&(*session, *seq)),
-            RequestId::Series { series, seq, .. } => self.in_series(principal, *series, *seq),
-        };
-        kept.map(|r| r.seen(digest))
+            RequestId::Series { series, seq, .. } => {
+                let number = self.series.get(&(*series, principal.into()))?.number;
+                self.in_series.get(&(number, *seq))
+            }
+        }
+    }
+
+    /// Sets what is known of a request; `None`: a retry of it will run anew.
+    fn set(&mut self, principal: &str, request: &RequestId, new: Option<Remembered>) {
+        match request {
+            RequestId::Uuid(uuid) => self.set_one_shot((principal.into(), *uuid), new),
+            RequestId::Session { session, seq, .. } => self.set_numbered((*session, *seq), new),
+            RequestId::Series { series, seq, .. } => self.set_in_series(principal, *series, *seq, new),
+        }
     }
 
     fn acknowledge(&mut self, session: SessionId, acked_below: u64) -> u64 {
@@ -369,46 +383,15 @@ impl Requests {
         reply: &Reply,
         now: LogTime,
     ) {
-        let Some(reply) = retained(reply) else { return self.forget(principal, request) };
+        let Some(reply) = retained(reply) else { return self.set(principal, request, None) };
         let order = self.next_order;
         self.next_order += 1;
-        let remembered = Remembered { digest, state: State::Answered { at: now, order, reply } };
-        match request {
-            RequestId::Uuid(uuid) => {
-                let id: OneShot = (principal.into(), *uuid);
-                self.drop_order.push_back((order, id.clone()));
-                self.set_one_shot(id, Some(remembered));
-            }
-            RequestId::Session { session, seq, .. } => drop(self.set_numbered((*session, *seq), Some(remembered))),
-            RequestId::Series { series, seq, .. } => {
-                self.set_in_series(principal, *series, *seq, Some(remembered), Some(now));
-            }
-        }
-    }
-
-    /// A retry of it will run anew.
-    fn forget(&mut self, principal: &str, request: &RequestId) {
-        match request {
-            RequestId::Uuid(uuid) => drop(self.set_one_shot((principal.into(), *uuid), None)),
-            RequestId::Session { session, seq, .. } => {
-                if self.numbered.get(&(*session, *seq)).is_some() {
-                    self.set_numbered((*session, *seq), None);
-                }
-            }
-            RequestId::Series { series, seq, .. } => self.set_in_series(principal, *series, *seq, None, None),
-        }
+        self.set(principal, request, Some(Remembered { digest, state: State::Answered { at: now, order, reply } }));
     }
 
     /// Notes that a request has become a waiter.
     pub(crate) fn wait(&mut self, principal: &str, request: &RequestId, digest: [u8; 16], waiter: WaiterNumber) {
-        let remembered = Remembered { digest, state: State::Waiting(waiter) };
-        match request {
-            RequestId::Uuid(uuid) => drop(self.set_one_shot((principal.into(), *uuid), Some(remembered))),
-            RequestId::Session { session, seq, .. } => drop(self.set_numbered((*session, *seq), Some(remembered))),
-            RequestId::Series { series, seq, .. } => {
-                self.set_in_series(principal, *series, *seq, Some(remembered), None);
-            }
-        }
+        self.set(principal, request, Some(Remembered { digest, state: State::Waiting(waiter) }));
     }
 
     /// Keeps the answer that a waiter got, unless its caller has acknowledged it or its session is gone.
@@ -420,12 +403,7 @@ impl Requests {
         reply: &Reply,
         now: LogTime,
     ) {
-        let kept = match request {
-            RequestId::Uuid(uuid) => self.one_shot.get(&(principal.into(), *uuid)),
-            RequestId::Session { session, seq, .. } => self.numbered.get(&(*session, *seq)),
-            RequestId::Series { series, seq, .. } => self.in_series(principal, *series, *seq),
-        };
-        if let Some(r) = kept.filter(|r| r.state == State::Waiting(waiter)) {
+        if let Some(r) = self.known(principal, request).filter(|r| r.waiter() == Some(waiter)) {
             let digest = r.digest;
             self.answer(principal, request, digest, reply, now);
         }
@@ -442,7 +420,10 @@ impl Requests {
         }
     }
 
-    fn set_one_shot(&mut self, id: OneShot, new: Option<Remembered>) -> Option<Remembered> {
+    fn set_one_shot(&mut self, id: OneShot, new: Option<Remembered>) {
+        if let Some((_, order)) = new.as_ref().and_then(Remembered::answered) {
+            self.drop_order.push_back((order, id.clone()));
+        }
         let principal = 2 * id.0.len() as u64;
         self.bytes += new.as_ref().map_or(0, |r| r.bytes() + principal);
         let old = match new {
@@ -450,10 +431,9 @@ impl Requests {
             None => self.one_shot.remove(&id),
         };
         self.bytes -= old.as_ref().map_or(0, |r| r.bytes() + principal);
-        old
     }
 
-    fn set_numbered(&mut self, id: Numbered, new: Option<Remembered>) -> Option<Remembered> {
+    fn set_numbered(&mut self, id: Numbered, new: Option<Remembered>) {
         self.bytes += new.as_ref().map_or(0, Remembered::bytes);
         let added = u64::from(new.is_some());
         let old = match new {
@@ -466,7 +446,6 @@ impl Requests {
         if *count == 0 {
             self.counts.remove(&id.0);
         }
-        old
     }
 }
 
@@ -489,7 +468,15 @@ impl Remembered {
     }
 
     fn is_over(&self, now: LogTime) -> bool {
-        matches!(self.state, State::Answered { at, .. } if at.plus(KEPT_MS) <= now)
+        self.answered().is_some_and(|(at, _)| at.plus(KEPT_MS) <= now)
+    }
+
+    /// When it was answered, and its place in the order of answers.
+    fn answered(&self) -> Option<(LogTime, u64)> {
+        match self.state {
+            State::Answered { at, order, .. } => Some((at, order)),
+            State::Waiting(_) => None,
+        }
     }
 
     fn seen(&self, digest: [u8; 16]) -> Seen {
@@ -588,9 +575,6 @@ pub(crate) fn read(r: &mut Reader<'_>) -> Result<Remembered, DecodeError> {
 /// Loading.
 impl Requests {
     pub(crate) fn load_one_shot(&mut self, id: OneShot, remembered: Remembered) {
-        if let State::Answered { order, .. } = remembered.state {
-            self.drop_order.push_back((order, id.clone()));
-        }
         self.set_one_shot(id, Some(remembered));
     }
 
