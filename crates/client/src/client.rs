@@ -85,6 +85,8 @@ struct Inner {
     options: ClientOptions,
     pipeline: Pipeline,
     numbers: requests::Numbers,
+    /// For what may wait.
+    waits: requests::Numbers,
     /// For the calls that do not go over the pipeline: lists, watches. Dialled when first used.
     channels: Vec<Channel>,
 }
@@ -129,7 +131,8 @@ impl Client {
         }
         let channels = endpoints.iter().map(Endpoint::connect_lazy).collect();
         let pipeline = Pipeline::start(endpoints, options.connect_timeout);
-        Ok(Self { inner: Arc::new(Inner { options, pipeline, numbers: requests::Numbers::default(), channels }) })
+        let [numbers, waits] = [requests::OPEN_MAX, requests::WAITS_SPAN].map(requests::Numbers::new);
+        Ok(Self { inner: Arc::new(Inner { options, pipeline, numbers, waits, channels }) })
     }
 
     pub(crate) fn namespace(&self) -> String {
@@ -216,10 +219,19 @@ impl Client {
 
     /// A fresh request id for a change: a number where the cluster is known to know series, else a one-shot id. It is kept until the call is over.
     pub(crate) fn request_id(&self) -> Result<RequestId, Error> {
+        self.id_among(&self.inner.numbers)
+    }
+
+    /// The same for a change that may wait for others: while it does, only answers to the next few of its kind are kept with it.
+    pub(crate) fn wait_id(&self) -> Result<RequestId, Error> {
+        self.id_among(&self.inner.waits)
+    }
+
+    fn id_among(&self, numbers: &requests::Numbers) -> Result<RequestId, Error> {
         if self.inner.pipeline.behaviour() < SERIES {
             return one_shot().map(RequestId::OneShot);
         }
-        self.inner.numbers.next().map(RequestId::Numbered).map_err(no_randomness)
+        numbers.next().map(RequestId::Numbered).map_err(no_randomness)
     }
 
     /// Carries a change out, by the path of its method, under an id that is given here: that of `request` is empty.
@@ -229,7 +241,17 @@ impl Client {
         method: &'static str,
         request: &Q,
     ) -> Result<A, Error> {
-        let id = self.request_id()?;
+        self.change_as(&self.request_id()?, plan, method, request).await
+    }
+
+    /// The same under an id of the caller, who keeps it until the call is over.
+    pub(crate) async fn change_as<Q: Message, A: Message + Default>(
+        &self,
+        id: &RequestId,
+        plan: Plan,
+        method: &'static str,
+        request: &Q,
+    ) -> Result<A, Error> {
         let mut body = request.encode_to_vec();
         // Every request of a change has its id in this field; a test of the definitions holds it.
         prost::encoding::message::encode(REQUEST_FIELD, &id.meta(), &mut body);
@@ -443,10 +465,15 @@ fn no_randomness(error: getrandom::Error) -> Error {
     Error::Invalid(format!("no randomness for a request id: {error}"))
 }
 
-/// A fresh one-shot request id, for what is named by it later (a wait that is given up), and for calls that are rare.
+/// A fresh one-shot request id: the server keeps its answer for ten minutes.
 pub(crate) fn one_shot() -> Result<v1::RequestMeta, Error> {
     let uuid = requests::uuid().map_err(no_randomness)?;
     Ok(v1::RequestMeta { id: Some(v1::request_meta::Id::UuidBytes(uuid.to_vec().into())) })
+}
+
+/// 32 random hexadecimal digits: a name that nobody else has.
+pub(crate) fn drawn_name() -> Result<String, Error> {
+    Ok(requests::uuid().map_err(no_randomness)?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// The answer is not of the kind that the request asks for.

@@ -276,9 +276,9 @@ impl Client {
         rollout: ConfigRollout,
     ) -> Result<ConfigChange, Error> {
         let (key, rollout, namespace) = (key.into(), Some(rollout.request), self.namespace());
-        let request = v1::ConfigStageRequest { key, version, rollout, namespace, request: Some(one_shot()?) };
+        let request = v1::ConfigStageRequest { key, version, rollout, namespace, request: None };
         let plan = self.plan("stage config", true);
-        let reply: v1::ConfigChangeReply = self.unary(plan, "/tenure.v1.Configs/Stage", &request).await?;
+        let reply: v1::ConfigChangeReply = self.change(plan, "/tenure.v1.Configs/Stage", &request).await?;
         Ok(reply.into())
     }
 
@@ -287,10 +287,10 @@ impl Client {
     /// # Errors
     /// [`Code::Conflict`] if it is not the candidate.
     pub async fn promote_config(&self, key: impl Into<String>, version: u64) -> Result<ConfigChange, Error> {
-        let (key, namespace, request) = (key.into(), self.namespace(), Some(one_shot()?));
+        let (key, namespace, request) = (key.into(), self.namespace(), None);
         let request = v1::ConfigPromoteRequest { key, version, namespace, request };
         let plan = self.plan("promote config", true);
-        let reply: v1::ConfigChangeReply = self.unary(plan, "/tenure.v1.Configs/Promote", &request).await?;
+        let reply: v1::ConfigChangeReply = self.change(plan, "/tenure.v1.Configs/Promote", &request).await?;
         Ok(reply.into())
     }
 
@@ -299,10 +299,10 @@ impl Client {
     /// # Errors
     /// [`Code::Conflict`] if it is not the candidate.
     pub async fn abort_config(&self, key: impl Into<String>, version: u64) -> Result<ConfigChange, Error> {
-        let (key, namespace, request) = (key.into(), self.namespace(), Some(one_shot()?));
+        let (key, namespace, request) = (key.into(), self.namespace(), None);
         let request = v1::ConfigAbortRequest { key, version, namespace, request };
         let plan = self.plan("abort config", true);
-        let reply: v1::ConfigChangeReply = self.unary(plan, "/tenure.v1.Configs/Abort", &request).await?;
+        let reply: v1::ConfigChangeReply = self.change(plan, "/tenure.v1.Configs/Abort", &request).await?;
         Ok(reply.into())
     }
 
@@ -323,11 +323,11 @@ impl Client {
             author: author.to_owned(),
             comment: comment.to_owned(),
             namespace: self.namespace(),
-            request: Some(one_shot()?),
+            request: None,
             ..Default::default()
         };
         let plan = self.plan("delete config", true);
-        let reply: v1::ConfigChangeReply = self.unary(plan, "/tenure.v1.Configs/Delete", &request).await?;
+        let reply: v1::ConfigChangeReply = self.change(plan, "/tenure.v1.Configs/Delete", &request).await?;
         Ok(reply.into())
     }
 

@@ -16,7 +16,7 @@ use tenure_wire::tenure::v1::campaign_request::Wait;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::client::{Client, all_pages, one_shot};
+use crate::client::{Client, RequestId, all_pages};
 use crate::clock::millis;
 use crate::error::{Code, Error, Outcome, of_read};
 use crate::lease::{LeaseState, LostReason};
@@ -102,6 +102,7 @@ impl Election {
     /// [`Code::Held`] or [`Code::TimeoutWaiting`] where another leads, [`Error::Lost`] if the session is lost meanwhile.
     pub async fn campaign(&self, session: &Session) -> Result<Leadership, Error> {
         session.check()?;
+        let id = self.client.wait_id()?;
         let request = v1::CampaignRequest {
             name: self.name.clone(),
             session: session.id(),
@@ -112,12 +113,12 @@ impl Election {
                 None => Wait::Forever(true),
             }),
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: Some(id.meta()),
             ..Default::default()
         };
         let (answer, outcome) = oneshot::channel();
         // A task of its own, so that dropping this future does not drop the duty to withdraw.
-        tokio::spawn(campaign(session.clone(), request, self.wait.unwrap_or(FOR_EVER), answer));
+        tokio::spawn(campaign(session.clone(), id, request, self.wait.unwrap_or(FOR_EVER), answer));
         let token = outcome
             .await
             .unwrap_or_else(|_| Err(Error::Protocol("the task of the campaign ended early".to_owned())))?;
@@ -178,9 +179,10 @@ impl Election {
     }
 }
 
-/// Carries a campaign through, whether or not its caller stays.
+/// Carries a campaign through, whether or not its caller stays. `_id` stays open until it is over or withdrawn.
 async fn campaign(
     session: Session,
+    _id: RequestId,
     request: v1::CampaignRequest,
     wait: Duration,
     mut answer: oneshot::Sender<Result<u64, Error>>,
@@ -216,10 +218,8 @@ async fn withdraw(session: &Session, place: v1::WithdrawRequest) {
     // The campaign may still be on its way behind the first withdrawal, so "there is no such candidate" counts only when said again later.
     let mut not_found = 0;
     while session.check().is_ok() {
-        let Ok(id) = one_shot() else { return };
-        let request = v1::WithdrawRequest { request: Some(id), ..place.clone() };
         let plan = client.plan("withdraw", true);
-        match client.unary::<_, v1::WithdrawReply>(plan, "/tenure.v1.Elections/Withdraw", &request).await {
+        match client.change::<_, v1::WithdrawReply>(plan, "/tenure.v1.Elections/Withdraw", &place).await {
             Ok(v1::WithdrawReply { result: Some(v1::withdraw_reply::Result::Elected(elected)), .. }) => {
                 if let Err(error) = resign(client, &place.name, elected.token, 0).await {
                     tracing::debug!(election = place.name, %error, "an unwanted lead was left to the ttl of its session");
@@ -238,9 +238,9 @@ async fn withdraw(session: &Session, place: v1::WithdrawRequest) {
 
 async fn resign(client: &Client, name: &str, token: u64, to: u64) -> Result<(), Error> {
     let (name, namespace) = (name.to_owned(), client.namespace());
-    let request = v1::ResignRequest { name, token, to, namespace, request: Some(one_shot()?) };
+    let request = v1::ResignRequest { name, token, to, namespace, request: None };
     let plan = client.plan("resign", true);
-    client.unary::<_, v1::ResignReply>(plan, "/tenure.v1.Elections/Resign", &request).await.map(|_| ())
+    client.change::<_, v1::ResignReply>(plan, "/tenure.v1.Elections/Resign", &request).await.map(|_| ())
 }
 
 /// A won election. Clones are the same lead; dropping them does not resign, since only the caller knows when its work has ended: the lead then ends

@@ -414,9 +414,10 @@ impl Idempotent {
             namespace: self.client.namespace(),
             request: None,
         };
+        let id = if self.wait.is_zero() { self.client.request_id()? } else { self.client.wait_id()? };
         let plan = self.client.patient_plan("idempotency begin", self.wait);
         let reply: v1::IdempotencyBeginReply =
-            self.client.change(plan, "/tenure.v1.Idempotency/Begin", &request).await?;
+            self.client.change_as(&id, plan, "/tenure.v1.Idempotency/Begin", &request).await?;
         match reply.result {
             Some(Begin::Granted(granted)) => Ok(Begun::Granted(self.granted(key, granted).await?)),
             Some(Begin::InFlight(flight)) => Ok(Begun::InFlight(InFlight {

@@ -19,13 +19,12 @@ use tenure_wire::tenure::v1::request::Call;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
-use crate::client::{Client, Plan, mismatched, one_shot};
+use crate::client::{Client, Plan, RequestId, drawn_name, mismatched};
 use crate::clock::{BootTime, millis};
-use crate::error::{Code, Error, Outcome, Problem};
+use crate::error::{Code, Error, Outcome};
 use crate::kv::carried_out;
 use crate::lease::{LeaseState, LostReason};
-use crate::requests;
-use crate::session::{Core, NamedRequest, Session};
+use crate::session::{Core, Session};
 
 /// "For ever", in a form that can be added to a clock.
 const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
@@ -211,11 +210,10 @@ impl<'a> Acquire<'a> {
     async fn run(self) -> Result<LockGuard, Error> {
         let session = self.session.clone();
         session.check()?;
-        let named = session.next_request().ok_or_else(too_many_open)?;
         let ask = self.ask;
-        let owner = ask
-            .owner
-            .unwrap_or_else(|| format!("{:x}-{:02x}{:02x}", session.id(), named.meta_seq(), requests::jitter()));
+        let client = session.client();
+        let id = if ask.wait.is_some() { client.wait_id()? } else { client.request_id()? };
+        let owner = ask.owner.map_or_else(|| fresh_owner(&session), Ok)?;
         let on_deadlock = match ask.on_deadlock {
             OnDeadlock::Newcomer => v1::OnDeadlock::Newcomer,
             OnDeadlock::LowestPriority => v1::OnDeadlock::LowestPriority,
@@ -241,7 +239,7 @@ impl<'a> Acquire<'a> {
                 min_hold_ms: millis(ask.min_hold),
                 on_deadlock: on_deadlock.into(),
                 namespace: session.client().namespace(),
-                request: Some(named.meta()),
+                request: Some(id.meta()),
                 ..Default::default()
             })
         } else {
@@ -259,16 +257,16 @@ impl<'a> Acquire<'a> {
                 min_hold_ms: millis(ask.min_hold),
                 on_deadlock: on_deadlock.into(),
                 namespace: session.client().namespace(),
-                request: Some(named.meta()),
+                request: Some(id.meta()),
                 ..Default::default()
             })
         };
         // An exclusive grant is named by its token alone.
         let release_as = if ask.mode == LockMode::Exclusive { String::new() } else { owner.clone() };
-        let place = Place { names: self.names, owner, release_as, acquire: named.meta() };
+        let place = Place { names: self.names, owner, release_as, acquire: id.meta() };
         let (answer, outcome) = oneshot::channel();
         // A task of its own, so that dropping this future does not drop the duty to give a late grant back.
-        tokio::spawn(acquire(Arc::clone(session.core()), request, place.clone(), named, ask.wait, answer));
+        tokio::spawn(acquire(Arc::clone(session.core()), request, place.clone(), id, ask.wait, answer));
         let grant =
             outcome.await.unwrap_or_else(|_| Err(Error::Protocol("the task of the acquire ended early".to_owned())))?;
         let guard = LockGuard {
@@ -290,24 +288,19 @@ impl<'a> Acquire<'a> {
 
 carried_out!(Acquire<'a> => LockGuard, run);
 
-fn too_many_open() -> Error {
-    Error::Refused(Box::new(Problem {
-        code: Code::RateLimited,
-        message: format!("{} requests of this session are open already", requests::OPEN_MAX),
-        retryable: true,
-        outcome: Outcome::NotApplied,
-        ..Problem::default()
-    }))
+/// An owner that nobody else of the session is.
+fn fresh_owner(session: &Session) -> Result<String, Error> {
+    Ok(format!("{:x}-{}", session.id(), drawn_name()?))
 }
 
 type Answer = oneshot::Sender<Result<v1::LockAcquireReply, Error>>;
 
-/// Carries an acquire through, whether or not its caller stays.
+/// Carries an acquire through, whether or not its caller stays. `_id` stays open until it is heard of or given up.
 async fn acquire(
     core: Arc<Core>,
     request: Wanted,
     wait_place: Place,
-    _named: NamedRequest,
+    _id: RequestId,
     wait: Option<Option<Duration>>,
     mut answer: Answer,
 ) {
@@ -421,13 +414,14 @@ where
 
 /// One cancel; gives the token if the grant came first.
 async fn cancel(core: &Core, place: &Place) -> Result<Option<u64>, Error> {
+    let id = core.client.request_id()?;
     let request = v1::LockCancelRequest {
         name: place.name().to_owned(),
         session: core.id,
         acquire: Some(place.acquire.clone()),
         owner_id: place.owner.clone(),
         namespace: core.client.namespace(),
-        request: Some(one_shot()?),
+        request: Some(id.meta()),
     };
     match core.client.call(core.client.plan("cancel wait", true), Call::LockCancel(request)).await? {
         Reply::LockCancel(reply) => Ok(match reply.result {
@@ -716,10 +710,10 @@ impl Client {
             reason: reason.into(),
             session: 0,
             namespace: self.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.plan("force release", true);
-        let reply: v1::LockForceReleaseReply = self.unary(plan, "/tenure.v1.Locks/ForceRelease", &request).await?;
+        let reply: v1::LockForceReleaseReply = self.change(plan, "/tenure.v1.Locks/ForceRelease", &request).await?;
         Ok(reply.taken)
     }
 
@@ -728,14 +722,10 @@ impl Client {
     /// # Errors
     /// [`Code::NotFound`] if nobody has taken a permit of it lately, [`Code::Mismatch`] if it has none.
     pub async fn resize_lock(&self, name: impl Into<String>, permits: u32) -> Result<u32, Error> {
-        let request = v1::LockResizeRequest {
-            name: name.into(),
-            of: permits,
-            namespace: self.namespace(),
-            request: Some(one_shot()?),
-        };
+        let request =
+            v1::LockResizeRequest { name: name.into(), of: permits, namespace: self.namespace(), request: None };
         let plan = self.plan("resize lock", true);
-        let reply: v1::LockResizeReply = self.unary(plan, "/tenure.v1.Locks/Resize", &request).await?;
+        let reply: v1::LockResizeReply = self.change(plan, "/tenure.v1.Locks/Resize", &request).await?;
         Ok(reply.before)
     }
 }

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 
-use crate::client::{Client, all_pages};
+use crate::client::{Client, all_pages, drawn_name};
 use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, found};
 use crate::lease::{LeaseTiming, LostReason};
@@ -656,17 +656,12 @@ impl IntoFuture for Receive {
         // Without a name the server would draw another for each try of this call.
         if self.request.wait_ms > 0
             && self.request.receiver.is_empty()
-            && let Ok(receiver) = receiver()
+            && let Ok(receiver) = drawn_name()
         {
             self.request.receiver = receiver;
         }
         Box::pin(self.send())
     }
-}
-
-fn receiver() -> Result<String, Error> {
-    let drawn = requests::uuid().map_err(|error| Error::Invalid(format!("no randomness for a receiver: {error}")))?;
-    Ok(drawn.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// A job in the hands of this process, under one receipt.
@@ -1054,7 +1049,7 @@ impl Work {
     async fn one_loop(&self, mut stopped: watch::Receiver<bool>) -> WorkDone {
         let mut done = WorkDone::default();
         let mut pause = PAUSE_MIN;
-        let Ok(receiver) = receiver() else { return done };
+        let Ok(receiver) = drawn_name() else { return done };
         let mut finished: Option<Arc<Delivery>> = None;
         loop {
             let is_stopping = *stopped.borrow();

@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 use v1::services_client::ServicesClient;
 
-use crate::client::{Client, all_pages, one_shot};
+use crate::client::{Client, all_pages};
 use crate::clock::millis;
 use crate::error::{Code, Error, of_read};
 use crate::kv::carried_out;
@@ -372,7 +372,7 @@ impl Registry {
             health: health.wire(),
             why: why.into(),
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         heartbeat(&self.client, &request).await
     }
@@ -412,10 +412,10 @@ impl Registry {
             service: service.into(),
             percent,
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
         let plan = self.client.plan("guard service", true);
-        let _: v1::ServiceGuardReply = self.client.unary(plan, "/tenure.v1.Services/Guard", &request).await?;
+        let _: v1::ServiceGuardReply = self.client.change(plan, "/tenure.v1.Services/Guard", &request).await?;
         Ok(())
     }
 
@@ -612,7 +612,7 @@ impl Registered {
     pub async fn set_health(&self, health: Health, why: impl Into<String>) -> Result<Health, Error> {
         let why = why.into();
         self.core.health.send_replace((health, why.clone()));
-        heartbeat(&self.core.client, &self.core.beat(health, why)?).await
+        heartbeat(&self.core.client, &self.core.beat(health, why)).await
     }
 
     /// Has it told as draining: no new callers.
@@ -682,22 +682,22 @@ impl Drop for Registered {
 }
 
 impl Core {
-    fn beat(&self, health: Health, why: String) -> Result<v1::ServiceHeartbeatRequest, Error> {
-        Ok(v1::ServiceHeartbeatRequest {
+    fn beat(&self, health: Health, why: String) -> v1::ServiceHeartbeatRequest {
+        v1::ServiceHeartbeatRequest {
             service: self.request.service.clone(),
             instance: self.request.instance.clone(),
             token: *self.token.borrow(),
             health: health.wire(),
             why,
             namespace: self.client.namespace(),
-            request: Some(one_shot()?),
-        })
+            request: None,
+        }
     }
 
     /// One heartbeat; registers anew what was deregistered. False when somebody else is registered in its place.
     async fn tell(&self) -> Result<bool, Error> {
         let (health, why) = self.health.borrow().clone();
-        match heartbeat(&self.client, &self.beat(health, why.clone())?).await {
+        match heartbeat(&self.client, &self.beat(health, why.clone())).await {
             Ok(_) => return Ok(true),
             Err(error) if error.code() == Some(Code::NotFound) => {}
             Err(error) if error.code() == Some(Code::Fenced) => return Ok(false),
@@ -705,7 +705,7 @@ impl Core {
         }
         let is_ours = self.again().await?;
         if is_ours && health != Health::Passing {
-            heartbeat(&self.client, &self.beat(health, why)?).await?;
+            heartbeat(&self.client, &self.beat(health, why)).await?;
         }
         Ok(is_ours)
     }
@@ -751,29 +751,28 @@ async fn keep(core: Arc<Core>, every: Duration, beats: bool) {
 }
 
 async fn register(client: &Client, request: &v1::ServiceRegisterRequest) -> Result<v1::ServiceRegisterReply, Error> {
-    let request = v1::ServiceRegisterRequest { request: Some(one_shot()?), ..request.clone() };
-    client.unary(client.plan("register instance", true), "/tenure.v1.Services/Register", &request).await
+    client.change(client.plan("register instance", true), "/tenure.v1.Services/Register", request).await
 }
 
 async fn deregister(client: &Client, service: String, instance: String, token: u64) -> Result<bool, Error> {
-    let (namespace, request) = (client.namespace(), Some(one_shot()?));
+    let (namespace, request) = (client.namespace(), None);
     let request = v1::ServiceDeregisterRequest { service, instance, token, namespace, request };
     let plan = client.plan("deregister instance", true);
-    let reply: v1::ServiceDeregisterReply = client.unary(plan, "/tenure.v1.Services/Deregister", &request).await?;
+    let reply: v1::ServiceDeregisterReply = client.change(plan, "/tenure.v1.Services/Deregister", &request).await?;
     Ok(reply.deregistered)
 }
 
 async fn heartbeat(client: &Client, request: &v1::ServiceHeartbeatRequest) -> Result<Health, Error> {
     let plan = client.plan("heartbeat", true);
-    let reply: v1::ServiceHeartbeatReply = client.unary(plan, "/tenure.v1.Services/Heartbeat", request).await?;
+    let reply: v1::ServiceHeartbeatReply = client.change(plan, "/tenure.v1.Services/Heartbeat", request).await?;
     Ok(Health::of(reply.health))
 }
 
 async fn drain(client: &Client, service: String, instance: String, token: u64, undo: bool) -> Result<Health, Error> {
-    let (namespace, request) = (client.namespace(), Some(one_shot()?));
+    let (namespace, request) = (client.namespace(), None);
     let request = v1::ServiceDrainRequest { service, instance, token, undo, namespace, request };
     let plan = client.plan("drain instance", true);
-    let reply: v1::ServiceDrainReply = client.unary(plan, "/tenure.v1.Services/Drain", &request).await?;
+    let reply: v1::ServiceDrainReply = client.change(plan, "/tenure.v1.Services/Drain", &request).await?;
     Ok(Health::of(reply.health))
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Promises. An id is never used for two requests. `acked_below` never passes a request whose answer has not arrived (or whose
 //! caller has not given up for good), because the server forgets everything below it. At most [`OPEN_MAX`] requests of a session
-//! are open at once, as the server demands; more wait for a place. In a series of the client's own an old open request holds nobody up: the next
-//! series begins.
+//! are open at once, as the server demands. In a series of the client's own an old open request holds nobody up: the next series begins. What may wait
+//! is numbered apart: a wait that stays open for hours keeps at most [`WAITS_SPAN`] answers remembered behind it.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,23 +13,28 @@ use tenure_wire::tenure::v1;
 /// Requests of one session that may be open at once, or of one series; the server's default limit.
 pub(crate) const OPEN_MAX: usize = 1_000;
 
+/// How far the numbers of a series of waits go beyond the oldest open one. The server forgets no answer above that one; so with every long wait it keeps
+/// so many others at most, and one series, which has a place among the one-shot ids.
+pub(crate) const WAITS_SPAN: usize = 64;
+
 /// Numbers the mutating requests of one session.
 #[derive(Debug)]
 pub(crate) struct Sequence {
     next: u64,
     open: BTreeSet<u64>,
+    span: u64,
 }
 
 impl Sequence {
-    pub(crate) fn new() -> Self {
-        Self { next: 1, open: BTreeSet::new() }
+    pub(crate) fn new(span: usize) -> Self {
+        Self { next: 1, open: BTreeSet::new(), span: span as u64 }
     }
 
     /// Opens the next request; `None` where too many are open.
     pub(crate) fn begin(&mut self) -> Option<u64> {
         // The span and not the count is bounded: one old request that is still open holds all later ones.
         let oldest = self.open.first().copied().unwrap_or(self.next);
-        if self.next - oldest >= OPEN_MAX as u64 {
+        if self.next - oldest >= self.span {
             return None;
         }
         let seq = self.next;
@@ -51,8 +56,9 @@ impl Sequence {
 
 /// The series under which a client numbers its changes. The server forgets a numbered answer as soon as the client says that it has it, which it does with
 /// the next change; a one-shot id would keep its place for ten minutes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Numbers {
+    span: usize,
     current: Mutex<Option<Arc<Series>>>,
 }
 
@@ -69,6 +75,10 @@ impl Series {
 }
 
 impl Numbers {
+    pub(crate) fn new(span: usize) -> Self {
+        Self { span, current: Mutex::new(None) }
+    }
+
     /// Opens the next request.
     pub(crate) fn next(&self) -> Result<Number, getrandom::Error> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
@@ -79,7 +89,7 @@ impl Numbers {
         }
         let mut id = [0; 8];
         getrandom::fill(&mut id)?;
-        let mut sequence = Sequence::new();
+        let mut sequence = Sequence::new(self.span);
         let seq = sequence.begin().unwrap_or(1);
         let series = Arc::new(Series { id: u64::from_le_bytes(id), sequence: Mutex::new(sequence) });
         *current = Some(series.clone());
@@ -129,7 +139,7 @@ mod tests {
 
     #[test]
     fn acked_below_never_passes_an_open_request() {
-        let mut sequence = Sequence::new();
+        let mut sequence = Sequence::new(OPEN_MAX);
         let [a, b, c] = [(); 3].map(|()| sequence.begin().unwrap());
         assert_eq!((a, b, c), (1, 2, 3));
         sequence.done(b);
@@ -142,7 +152,7 @@ mod tests {
 
     #[test]
     fn one_old_open_request_bounds_the_later_ones() {
-        let mut sequence = Sequence::new();
+        let mut sequence = Sequence::new(OPEN_MAX);
         let first = sequence.begin().unwrap();
         for _ in 1..OPEN_MAX {
             let seq = sequence.begin().unwrap();
@@ -160,7 +170,7 @@ mod tests {
             Some(Id::Series(at)) => (at.series, at.seq, at.acked_below),
             other => panic!("{other:?}"),
         };
-        let numbers = Numbers::default();
+        let numbers = Numbers::new(OPEN_MAX);
         let waits = numbers.next().unwrap();
         let (first, ..) = place(&waits);
         for seq in 2..=OPEN_MAX as u64 {

@@ -12,7 +12,7 @@ use tenure_wire::tenure::v1::reserve_request::Wait;
 use tokio::sync::oneshot;
 use tonic::transport::Channel;
 
-use crate::client::{Client, RequestId, all_pages, one_shot};
+use crate::client::{Client, RequestId, all_pages};
 use crate::clock::{BootTime, millis};
 use crate::error::{Error, Outcome, found};
 use crate::kv::carried_out;
@@ -52,7 +52,7 @@ impl Client {
     /// # Errors
     /// [`Code::Conflict`](crate::Code::Conflict) if there is one of this name.
     pub async fn create_pool(&self, name: impl Into<String>, capacity: u64) -> Result<Pool, Error> {
-        let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
+        let (name, namespace, request) = (name.into(), self.namespace(), None);
         let request = v1::PoolCreateRequest { name, capacity, namespace, request };
         self.pool_change("create pool", "/tenure.v1.Pools/Create", &request).await
     }
@@ -62,7 +62,7 @@ impl Client {
     /// # Errors
     /// [`Code::Conflict`](crate::Code::Conflict) if more than that is taken, [`Code::NotFound`](crate::Code::NotFound) if there is no such pool.
     pub async fn resize_pool(&self, name: impl Into<String>, capacity: u64) -> Result<Pool, Error> {
-        let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
+        let (name, namespace, request) = (name.into(), self.namespace(), None);
         let request = v1::PoolResizeRequest { name, capacity: Some(capacity), namespace, request };
         self.pool_change("resize pool", "/tenure.v1.Pools/Resize", &request).await
     }
@@ -72,7 +72,7 @@ impl Client {
     /// # Errors
     /// [`Code::NotFound`](crate::Code::NotFound) if there is no such pool.
     pub async fn restock_pool(&self, name: impl Into<String>, quantity: u64) -> Result<Pool, Error> {
-        let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
+        let (name, namespace, request) = (name.into(), self.namespace(), None);
         let request = v1::PoolRestockRequest { name, quantity, namespace, request };
         self.pool_change("restock pool", "/tenure.v1.Pools/Restock", &request).await
     }
@@ -82,7 +82,7 @@ impl Client {
     /// # Errors
     /// [`Code::Conflict`](crate::Code::Conflict) if so many are not confirmed, [`Code::NotFound`](crate::Code::NotFound) if there is no such pool.
     pub async fn return_to_pool(&self, name: impl Into<String>, quantity: u64) -> Result<Pool, Error> {
-        let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
+        let (name, namespace, request) = (name.into(), self.namespace(), None);
         let request = v1::PoolReturnRequest { name, quantity, namespace, request };
         self.pool_change("return to pool", "/tenure.v1.Pools/Return", &request).await
     }
@@ -92,7 +92,7 @@ impl Client {
     /// # Errors
     /// [`Code::Held`](crate::Code::Held) while it is in use, [`Code::NotFound`](crate::Code::NotFound) if there is no such pool.
     pub async fn delete_pool(&self, name: impl Into<String>) -> Result<Pool, Error> {
-        let (name, namespace, request) = (name.into(), self.namespace(), Some(one_shot()?));
+        let (name, namespace, request) = (name.into(), self.namespace(), None);
         let request = v1::PoolDeleteRequest { name, namespace, request };
         self.pool_change("delete pool", "/tenure.v1.Pools/Delete", &request).await
     }
@@ -103,7 +103,7 @@ impl Client {
         method: &'static str,
         request: &Q,
     ) -> Result<Pool, Error> {
-        let reply: v1::PoolReply = self.unary(self.plan(what, true), method, request).await?;
+        let reply: v1::PoolReply = self.change(self.plan(what, true), method, request).await?;
         Ok(reply.pool.map(Pool::from).unwrap_or_default())
     }
 
@@ -245,7 +245,7 @@ impl<'a> Reserve<'a> {
 
     async fn run(mut self) -> Result<Reservation, Error> {
         let client = self.client.clone();
-        let id = client.request_id()?;
+        let id = if self.wait.is_zero() { client.request_id()? } else { client.wait_id()? };
         self.request.request = Some(id.meta());
         let first_sent = BootTime::now();
         let (answer, outcome) = oneshot::channel();
@@ -293,15 +293,14 @@ async fn reserve(client: Client, _id: RequestId, request: v1::ReserveRequest, wa
 /// Takes the wait off the list, or gives back what it came to. Nobody minds if it fails: an unnoticed hold ends with its time.
 async fn give_up(client: &Client, request: v1::ReserveRequest) {
     for _ in 0..GIVE_UP_TRIES {
-        let Ok(id) = one_shot() else { return };
         let leave = v1::ReservationGiveUpRequest {
             pool: request.pool.clone(),
             reserve: request.request.clone(),
             namespace: request.namespace.clone(),
-            request: Some(id),
+            request: None,
         };
         let left: Result<v1::ReservationGiveUpReply, Error> =
-            client.unary(client.plan("give up", true), "/tenure.v1.Reservations/GiveUp", &leave).await;
+            client.change(client.plan("give up", true), "/tenure.v1.Reservations/GiveUp", &leave).await;
         if left.is_ok_and(|reply| reply.waiters > 0) {
             return;
         }

@@ -11,7 +11,7 @@ use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::schedule_expect::Fact;
 use tonic::transport::Channel;
 
-use crate::client::{Client, one_shot};
+use crate::client::Client;
 use crate::error::{Code, Error};
 use crate::kv::Answering;
 use crate::pipeline::RECEIVE_BYTES;
@@ -148,6 +148,13 @@ pub struct ScheduleStored {
     pub next: Vec<SystemTime>,
 }
 
+impl From<v1::SchedulePutReply> for ScheduleStored {
+    fn from(reply: v1::SchedulePutReply) -> Self {
+        let next = reply.next_unix_ms.into_iter().map(instant).collect();
+        Self { created: reply.created, revision: reply.revision, next }
+    }
+}
+
 /// A schedule by its name; see [`Client::schedule`].
 #[derive(Clone, Debug)]
 pub struct Schedule {
@@ -206,9 +213,9 @@ impl Schedule {
     /// NOT_FOUND, else as every change.
     pub async fn pause(&self) -> Result<(), Error> {
         let (name, namespace) = (self.name.clone(), self.client.namespace());
-        let request = v1::SchedulePauseRequest { name, namespace, request: Some(one_shot()?) };
+        let request = v1::SchedulePauseRequest { name, namespace, request: None };
         let plan = self.client.plan("schedule pause", true);
-        let _: v1::SchedulePauseReply = self.client.unary(plan, "/tenure.v1.Schedules/Pause", &request).await?;
+        let _: v1::SchedulePauseReply = self.client.change(plan, "/tenure.v1.Schedules/Pause", &request).await?;
         Ok(())
     }
 
@@ -218,9 +225,9 @@ impl Schedule {
     /// NOT_FOUND, else as every change.
     pub async fn resume(&self) -> Result<(), Error> {
         let (name, namespace) = (self.name.clone(), self.client.namespace());
-        let request = v1::ScheduleResumeRequest { name, namespace, request: Some(one_shot()?) };
+        let request = v1::ScheduleResumeRequest { name, namespace, request: None };
         let plan = self.client.plan("schedule resume", true);
-        let _: v1::ScheduleResumeReply = self.client.unary(plan, "/tenure.v1.Schedules/Resume", &request).await?;
+        let _: v1::ScheduleResumeReply = self.client.change(plan, "/tenure.v1.Schedules/Resume", &request).await?;
         Ok(())
     }
 
@@ -230,9 +237,9 @@ impl Schedule {
     /// NOT_FOUND, QUOTA where the queue has all the jobs it may have, else as every change.
     pub async fn run(&self) -> Result<Enqueued, Error> {
         let (name, namespace) = (self.name.clone(), self.client.namespace());
-        let request = v1::ScheduleRunRequest { name, namespace, request: Some(one_shot()?) };
+        let request = v1::ScheduleRunRequest { name, namespace, request: None };
         let plan = self.client.plan("schedule run", true);
-        let reply: v1::ScheduleRunReply = self.client.unary(plan, "/tenure.v1.Schedules/Run", &request).await?;
+        let reply: v1::ScheduleRunReply = self.client.change(plan, "/tenure.v1.Schedules/Run", &request).await?;
         let job = reply.job.ok_or_else(|| Error::Protocol("an answer without the job".to_owned()))?;
         Ok(Enqueued { id: job.id, duplicate: job.duplicate })
     }
@@ -243,9 +250,9 @@ impl Schedule {
     /// As every change.
     pub async fn delete(&self) -> Result<bool, Error> {
         let (name, namespace) = (self.name.clone(), self.client.namespace());
-        let request = v1::ScheduleDeleteRequest { name, namespace, request: Some(one_shot()?) };
+        let request = v1::ScheduleDeleteRequest { name, namespace, request: None };
         let plan = self.client.plan("schedule delete", true);
-        let reply: v1::ScheduleDeleteReply = self.client.unary(plan, "/tenure.v1.Schedules/Delete", &request).await?;
+        let reply: v1::ScheduleDeleteReply = self.client.change(plan, "/tenure.v1.Schedules/Delete", &request).await?;
         Ok(reply.deleted)
     }
 }
@@ -306,11 +313,13 @@ impl<'a> PutSchedule<'a> {
 
     async fn run(self) -> Result<ScheduleStored, Error> {
         let client = &self.schedule.client;
-        let request = v1::SchedulePutRequest { request: Some(one_shot()?), ..self.request };
         let plan = client.plan("schedule put", true);
-        let reply: v1::SchedulePutReply = client.unary(plan, "/tenure.v1.Schedules/Put", &request).await?;
-        let next = reply.next_unix_ms.into_iter().map(instant).collect();
-        Ok(ScheduleStored { created: reply.created, revision: reply.revision, next })
+        let reply: v1::SchedulePutReply = client.change(plan, "/tenure.v1.Schedules/Put", &self.request).await?;
+        Ok(reply.into())
+    }
+
+    pub(crate) fn into_wire(self) -> v1::SchedulePutRequest {
+        self.request
     }
 }
 

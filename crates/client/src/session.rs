@@ -18,7 +18,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::client::{Client, all_pages, mismatched, one_shot};
+use crate::client::{Client, all_pages, mismatched};
 use crate::clock::{BootTime, millis};
 use crate::error::{Code, Error, Problem};
 use crate::kv::carried_out;
@@ -88,7 +88,8 @@ impl Client {
     /// # Errors
     /// [`Code::SessionExpired`] if there is none.
     pub async fn end_session(&self, id: u64, token: u64) -> Result<(), Error> {
-        let request = v1::SessionEndRequest { id, token, namespace: self.namespace(), request: Some(one_shot()?) };
+        let own = self.request_id()?;
+        let request = v1::SessionEndRequest { id, token, namespace: self.namespace(), request: Some(own.meta()) };
         match self.call(self.plan("end session", true), Call::SessionEnd(request)).await? {
             Reply::SessionEnd(_) => Ok(()),
             _ => Err(mismatched("end session")),
@@ -183,7 +184,8 @@ impl CreateSession<'_> {
 
     async fn run(self) -> Result<Session, Error> {
         let Self { client, mut request, margin } = self;
-        request.request = Some(one_shot()?);
+        let id = client.request_id()?;
+        request.request = Some(id.meta());
         // Taken before the first try: a later try may be answered from memory, and the ttl has run since the first.
         let first_sent = BootTime::now();
         let Reply::SessionCreate(reply) =
@@ -240,7 +242,7 @@ impl fmt::Debug for Session {
 impl Session {
     fn start(client: Client, id: u64, token: u64, lease: Lease) -> Result<Self, Error> {
         let (state, _) = watch::channel(LeaseState::Safe);
-        let (lease, sequence) = (Mutex::new(lease), Mutex::new(Sequence::new()));
+        let (lease, sequence) = (Mutex::new(lease), Mutex::new(Sequence::new(requests::OPEN_MAX)));
         let (yields, _) = watch::channel(Vec::new());
         let core = Arc::new(Core { client, id, token, lease, sequence, state, changed: Notify::new(), yields });
         let keeper = tokio::spawn(keep(Arc::clone(&core)));
@@ -424,13 +426,6 @@ impl NamedRequest {
     pub(crate) fn meta(&self) -> v1::RequestMeta {
         let place = v1::SessionSeq { session: self.core.id, seq: self.seq, acked_below: self.acked_below };
         v1::RequestMeta { id: Some(v1::request_meta::Id::Session(place)) }
-    }
-}
-
-impl NamedRequest {
-    /// The number, which is unique within the session.
-    pub(crate) const fn meta_seq(&self) -> u64 {
-        self.seq
     }
 }
 
