@@ -290,6 +290,59 @@ async fn a_client_deploys_reserves_and_gives_back_in_one_commit() {
     assert_eq!(client.read_config("flags").await.unwrap().unwrap().text(), Some("one"));
 }
 
+#[tokio::test]
+async fn a_client_changes_a_schedule_and_what_belongs_to_it_in_one_commit() {
+    let server = Server::start(&[]);
+    let client = Client::connect([&server.address]).await.unwrap();
+    let nightly = client.schedule("nightly");
+    let begin = |calendar: &'static str| {
+        client
+            .transaction()
+            .when(Check::schedule_at("nightly", 0))
+            .then(nightly.put(calendar, "reports", "full").zone("Europe/Berlin"))
+            .then(Step::run_schedule("nightly"))
+            .then(Op::put("reports/by", calendar))
+    };
+    let first = begin("0 3 * * *").await.unwrap();
+    let [Answer::Scheduled(stored), Answer::Enqueued(jobs), Answer::Put(None)] = &first.answers[..] else {
+        panic!("{first:?}")
+    };
+    assert!(stored.created && stored.revision == first.revision && stored.next.len() == 5, "{stored:?}");
+    assert_eq!(client.queue("reports").receive().await.unwrap()[0].id(), jobs[0].id);
+    // Somebody has a say in it by now: the check names the revision.
+    let lost = begin("0 4 * * *").await.unwrap();
+    assert_eq!(lost.failed.unwrap().facts["revision"], stored.revision.to_string());
+    assert_eq!(nightly.get().await.unwrap().unwrap().calendar, "0 3 * * *");
+    let pause = client
+        .transaction()
+        .when(Check::schedule_at("nightly", stored.revision))
+        .then(Step::pause_schedule("nightly"))
+        .then(Op::put("reports/by", "nobody"));
+    let paused = pause.await.unwrap();
+    assert!(paused.succeeded && nightly.get().await.unwrap().unwrap().paused, "{paused:?}");
+    let old = client.transaction().require(Check::schedule_at("nightly", stored.revision)).then(Op::put("lost", "1"));
+    let Err(Error::Refused(refused)) = old.await else { panic!("it was paused since") };
+    assert_eq!((refused.code, refused.facts["name"].as_str()), (Code::Conflict, "nightly"), "{refused:?}");
+    // One step that is refused drops the others, and a bad calendar is one.
+    let bad = client.transaction().then(Step::resume_schedule("nightly")).then(nightly.put("soon", "reports", "full"));
+    assert_eq!(bad.await.unwrap_err().code(), Some(Code::Invalid));
+    assert!(nightly.get().await.unwrap().unwrap().paused);
+    let end = client
+        .transaction()
+        .when(Check::schedule_at("nightly", 0).negated())
+        .then(Step::delete_schedule("nightly"))
+        .then(Op::delete("reports/by"));
+    assert!(end.await.unwrap().succeeded && nightly.get().await.unwrap().is_none());
+    assert_eq!(client.get("lost").await.unwrap(), None);
+    // From a shell.
+    let txn = json!({
+        "compares": [{ "schedule": { "name": "nightly", "revision": "0" } }],
+        "then": [{ "schedule_put": { "name": "nightly", "calendar": "@hourly", "queue": "reports" } }],
+    });
+    assert!(tenure_fed(&server.address, &["txn"], &txn.to_string()).out.contains("schedule_put"));
+    assert_eq!(tenure_fed(&server.address, &["txn"], &txn.to_string()).code, 10);
+}
+
 #[test]
 fn a_retry_is_answered_and_not_repeated() {
     let server = Server::start(&[]);
@@ -324,6 +377,7 @@ fn bad_transactions_change_nothing() {
         json!({ "requires": [{ "key": { "key": "a", "version": "0" } }], "then": [put] }),
         json!({ "requires": [{ "session_alive": {} }], "then": [put] }),
         json!({ "compares": [{ "config": { "version": "1" } }], "then": [put] }),
+        json!({ "compares": [{ "schedule": { "revision": "1" } }], "then": [put] }),
         json!({ "compares": [{ "registered": { "service": "web" } }], "then": [put] }),
         json!({ "compares": [{ "registered": { "service": "w", "instance": "i", "health": ["HEALTH_UNSPECIFIED"] } }], "then": [put] }),
         json!({ "then": [put, { "config_publish": { "content": "x" } }] }),

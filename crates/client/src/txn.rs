@@ -27,6 +27,7 @@ use crate::pipeline::RECEIVE_BYTES;
 use crate::queue::{Delivery, Enqueued, JobMoved, NewJob};
 use crate::registry::{Health, Registered, Registering};
 use crate::reservation::{Reservation, Reserve};
+use crate::schedule::{PutSchedule, ScheduleStored};
 use crate::session::Session;
 
 const PATH: &str = "/tenure.v1.Txns/Run";
@@ -166,6 +167,12 @@ impl Check {
     #[must_use]
     pub fn config_at(key: impl Into<String>, version: u64) -> Self {
         Self::of(Fact::Config(v1::ConfigAt { key: key.into(), version }))
+    }
+
+    /// This is the revision of the last change of a schedule, which a tick is not; 0: there is none.
+    #[must_use]
+    pub fn schedule_at(name: impl Into<String>, revision: u64) -> Self {
+        Self::of(Fact::Schedule(v1::ScheduleAt { name: name.into(), revision }))
     }
 
     /// The instance of a service is registered, in whatever health.
@@ -316,7 +323,7 @@ impl<S: Into<String>, I: Into<String>> From<(S, I)> for InstanceRef {
 }
 
 /// One step of a transaction. An [`Op`] on keys is one, too, and so are calls that are made ready and not awaited: [`Client::publish_config`],
-/// [`Client::reserve`] (which does not wait here) and [`Registry::register`](crate::Registry::register) (whose heartbeats are then the caller's).
+/// [`Schedule::put`](crate::Schedule::put), [`Client::reserve`] (which does not wait here) and [`Registry::register`](crate::Registry::register) (whose heartbeats are then the caller's).
 ///
 /// ```no_run
 /// # async fn example(
@@ -349,6 +356,14 @@ impl<S: Into<String>, I: Into<String>> From<(S, I)> for InstanceRef {
 ///     .then(flags)
 ///     .then(client.registry().register("shop", "green", "10.0.0.8", 80))
 ///     .then(Step::drain(("shop", "blue")))
+///     .await?;
+///
+/// // The nightly report, if nobody has a say in it so far, and the first one now.
+/// client
+///     .transaction()
+///     .when(Check::schedule_at("reports/nightly", 0))
+///     .then(client.schedule("reports/nightly").put("0 3 * * *", "reports", "full"))
+///     .then(Step::enqueue("reports", "full"))
 ///     .await?;
 ///
 /// // Two seats and the last ticket number in one commit, or neither.
@@ -602,6 +617,32 @@ impl Step {
         Self { wire: Asked::ServiceDrain(request) }
     }
 
+    // ---- Schedules ----
+
+    /// Stops the calendar of a schedule.
+    #[must_use]
+    pub fn pause_schedule(name: impl Into<String>) -> Self {
+        Self { wire: Asked::SchedulePause(v1::SchedulePauseRequest { name: name.into(), ..Default::default() }) }
+    }
+
+    /// Lets the calendar of a schedule go on from now.
+    #[must_use]
+    pub fn resume_schedule(name: impl Into<String>) -> Self {
+        Self { wire: Asked::ScheduleResume(v1::ScheduleResumeRequest { name: name.into(), ..Default::default() }) }
+    }
+
+    /// Enqueues the job of a schedule now, beside its calendar.
+    #[must_use]
+    pub fn run_schedule(name: impl Into<String>) -> Self {
+        Self { wire: Asked::ScheduleRun(v1::ScheduleRunRequest { name: name.into(), ..Default::default() }) }
+    }
+
+    /// Deletes a schedule; one that is not there is no error.
+    #[must_use]
+    pub fn delete_schedule(name: impl Into<String>) -> Self {
+        Self { wire: Asked::ScheduleDelete(v1::ScheduleDeleteRequest { name: name.into(), ..Default::default() }) }
+    }
+
     /// A nested transaction, whose checks are decided with those of the whole.
     #[must_use]
     pub fn branch<A: Into<Self>, B: Into<Self>>(
@@ -646,6 +687,13 @@ impl From<Reserve<'_>> for Step {
     fn from(call: Reserve<'_>) -> Self {
         let request = v1::ReserveRequest { namespace: String::new(), wait: None, ..call.into_wire() };
         Self { wire: Asked::Reserve(request) }
+    }
+}
+
+impl From<PutSchedule<'_>> for Step {
+    fn from(call: PutSchedule<'_>) -> Self {
+        let request = v1::SchedulePutRequest { namespace: String::new(), ..call.into_wire() };
+        Self { wire: Asked::SchedulePut(request) }
     }
 }
 
@@ -729,6 +777,8 @@ pub enum Answer {
     Registered(u64),
     /// The health of an instance as callers see it.
     Health(Health),
+    /// A schedule was put.
+    Scheduled(ScheduleStored),
     /// A value was published by a leader.
     Proclaimed {
         /// A candidate with a higher priority waits.
@@ -827,6 +877,8 @@ fn answer(wire: Wire) -> Result<Answer, Error> {
         | Wire::ConfigDelete(reply) => Answer::Config(reply.into()),
         Wire::ServiceRegister(reply) => Answer::Registered(reply.token),
         Wire::ServiceDrain(reply) => Answer::Health(Health::of(reply.health)),
+        Wire::SchedulePut(reply) => Answer::Scheduled(reply.into()),
+        Wire::ScheduleRun(reply) => Answer::Enqueued(reply.job.into_iter().map(Enqueued::from).collect()),
         Wire::ElectionProclaim(reply) => Answer::Proclaimed { should_yield: reply.should_yield },
         _ => Answer::Done,
     })

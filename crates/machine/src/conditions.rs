@@ -17,6 +17,7 @@ use crate::queues::Receipt;
 use crate::record::Record;
 use crate::registry::{Health, InstanceRef};
 use crate::reply::{OpReply, Rejection};
+use crate::schedules::ScheduleAt;
 use crate::types::*;
 use crate::waits::Waiter;
 
@@ -57,6 +58,8 @@ coded_enum! {
         ConfigAt(ConfigAt) = 9,
         /// The instance is registered, under this token if one is given, and its health is one of these.
         Registered(RegisteredInstance) = 10,
+        /// This was the last change of the schedule; zero: there is none.
+        ScheduleAt(ScheduleAt) = 11,
     }
 }
 
@@ -199,6 +202,7 @@ impl Machine {
                 Err(not_led(led, leader.map(|leader| (leader.token, leader.session))))
             }
             Condition::ConfigAt(at) => self.judge_config(namespace, at),
+            Condition::ScheduleAt(at) => self.judge_schedule(namespace, at),
             Condition::Registered(registered) => self.judge_instance(namespace, &registered.of, &registered.health),
         }
     }

@@ -111,8 +111,8 @@ pub use reservations::{
     POOL_NAME_BYTES_MAX, Pool, PoolAmount, PoolCreate, PoolWaiter, ReservationOp, ReservationReply, Reserve,
 };
 pub use schedules::{
-    CALENDAR_BYTES_MAX, DueSchedule, Missed, SCHEDULE_NAME_MAX, Schedule, ScheduleName, ScheduleOp, SchedulePlan,
-    SchedulePut, ScheduleReply, ScheduleStored, ScheduleTick, Ticked, Trouble,
+    CALENDAR_BYTES_MAX, DueSchedule, Missed, SCHEDULE_NAME_MAX, Schedule, ScheduleAt, ScheduleName, ScheduleOp,
+    SchedulePlan, SchedulePut, ScheduleReply, ScheduleStored, ScheduleTick, Ticked, Trouble,
 };
 pub use seen::{LOCKS, SESSIONS, Seen, SharedLock, kind_of};
 pub use sessions::SessionInfo;

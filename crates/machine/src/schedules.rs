@@ -176,6 +176,16 @@ coded_struct! {
 }
 
 coded_struct! {
+    /// A schedule by its last change.
+    #[derive(Eq)]
+    pub struct ScheduleAt as "a schedule by its last change" {
+        pub name: Box<[u8]>,
+        /// 0: there is none.
+        pub changed: Revision,
+    }
+}
+
+coded_struct! {
     #[derive(Eq)]
     pub struct ScheduleTick as "a tick" {
         pub name: Box<[u8]>,
@@ -259,7 +269,7 @@ impl Commit<'_> {
         check_put(put)?;
         let key = self.object_key::<Schedule>(&put.name);
         let found = self.object::<Schedule>(&key).cloned();
-        check_expected(put, found.as_ref())?;
+        put.expect.map_or(Ok(()), |expect| check_expected(&put.name, expect, found.as_ref()))?;
         let plan = Arc::new(put.plan.clone());
         let created = found.is_none();
         let (next, changed) = (None, self.at);
@@ -360,17 +370,24 @@ fn check_put(put: &SchedulePut) -> Result<(), Rejection> {
     check_job(&plan.job_of(&put.name, Some(u64::MAX)))
 }
 
-fn check_expected(put: &SchedulePut, found: Option<&Schedule>) -> Result<(), Rejection> {
+impl Machine {
+    /// Whether this was its last change, or there is none where that is asked.
+    pub(crate) fn judge_schedule(&self, namespace: NamespaceId, at: &ScheduleAt) -> Result<(), Rejection> {
+        check_expected(&at.name, at.changed, self.object::<Schedule>(namespace, &at.name))
+    }
+}
+
+fn check_expected(name: &[u8], expected: Revision, found: Option<&Schedule>) -> Result<(), Rejection> {
     let revision = found.map_or(Revision(0), |schedule| schedule.changed);
-    if put.expect.is_none_or(|expected| expected == revision) {
+    if expected == revision {
         return Ok(());
     }
+    let name = name.escape_ascii();
     let why = match found {
-        None => "there is no such schedule".to_owned(),
-        Some(_) => format!("the schedule was changed at revision {revision}"),
+        None => format!("there is no schedule `{name}`"),
+        Some(_) => format!("schedule `{name}` was changed at revision {revision}"),
     };
-    let refusal = Refusal::new(RefusalCode::Conflict, why);
-    Err(if found.is_some() { refusal.fact("revision", revision) } else { refusal }.into())
+    Err(Refusal::new(RefusalCode::Conflict, why).fact("name", name).fact("revision", revision).into())
 }
 
 /// A schedule whose next tick has come, for whoever leads.

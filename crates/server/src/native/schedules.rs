@@ -41,7 +41,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
         })
     });
     let delete = |_: &Context, caller: &Caller, request: &v1::ScheduleDeleteRequest| {
-        let op = ScheduleOp::Delete(named(&request.name)?);
+        let op = ScheduleOp::Delete(named("name", &request.name)?);
         txn_of(&request.namespace, request.request.as_ref(), caller, op)
     };
     change(router, context, "/tenure.v1.Schedules/Delete", delete, |_, _, changed| {
@@ -49,7 +49,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
         Ok(v1::ScheduleDeleteReply { header: Some(changed.header), deleted })
     });
     let pause = |_: &Context, caller: &Caller, request: &v1::SchedulePauseRequest| {
-        let op = ScheduleOp::Pause(named(&request.name)?);
+        let op = ScheduleOp::Pause(named("name", &request.name)?);
         txn_of(&request.namespace, request.request.as_ref(), caller, op)
     };
     change(router, context, "/tenure.v1.Schedules/Pause", pause, |_, _, changed| {
@@ -57,7 +57,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
         Ok(v1::SchedulePauseReply { header: Some(changed.header), revision })
     });
     let resume = |_: &Context, caller: &Caller, request: &v1::ScheduleResumeRequest| {
-        let op = ScheduleOp::Resume(named(&request.name)?);
+        let op = ScheduleOp::Resume(named("name", &request.name)?);
         txn_of(&request.namespace, request.request.as_ref(), caller, op)
     };
     change(router, context, "/tenure.v1.Schedules/Resume", resume, |_, _, changed| {
@@ -65,7 +65,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
         Ok(v1::ScheduleResumeReply { header: Some(changed.header), revision })
     });
     let run = |_: &Context, caller: &Caller, request: &v1::ScheduleRunRequest| {
-        let op = ScheduleOp::Run(named(&request.name)?);
+        let op = ScheduleOp::Run(named("name", &request.name)?);
         txn_of(&request.namespace, request.request.as_ref(), caller, op)
     };
     change(router, context, "/tenure.v1.Schedules/Run", run, |_, _, changed| {
@@ -80,7 +80,7 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
 // ---- Requests ----
 
 fn plan_put(_: &Context, caller: &Caller, request: &v1::SchedulePutRequest) -> Result<Txn, Refused> {
-    let ScheduleName { name } = named(&request.name)?;
+    let ScheduleName { name } = named("name", &request.name)?;
     calendar(request)?;
     let missed = match v1::MissedTicks::try_from(request.missed) {
         Ok(v1::MissedTicks::SkipMissed) => Missed::Skip,
@@ -144,9 +144,9 @@ fn expected(expect: Option<&v1::ScheduleExpect>) -> Result<Option<Revision>, Ref
     }
 }
 
-fn named(name: &str) -> Result<ScheduleName, Refused> {
+pub(super) fn named(field: &str, name: &str) -> Result<ScheduleName, Refused> {
     if name.is_empty() || name.len() > SCHEDULE_NAME_MAX {
-        return Err(refuse("name", format!("the name of a schedule has 1 to {SCHEDULE_NAME_MAX} bytes")));
+        return Err(refuse(field, format!("the name of a schedule has 1 to {SCHEDULE_NAME_MAX} bytes")));
     }
     Ok(ScheduleName { name: name.as_bytes().into() })
 }
@@ -175,7 +175,7 @@ fn ticks(calendar: &Calendar, next: Option<u64>, count: usize) -> Vec<u64> {
 // ---- Reads ----
 
 fn get(view: &View<'_>, request: &v1::ScheduleGetRequest) -> Result<v1::ScheduleGetReply, Refused> {
-    let found = view.machine.object::<Schedule>(namespace(&request.namespace)?, &named(&request.name)?.name);
+    let found = view.machine.object::<Schedule>(namespace(&request.namespace)?, &named("name", &request.name)?.name);
     let missing = || Box::new(words::not_found("there is no such schedule", &[("name", request.name.clone())]));
     let schedule = found.ok_or_else(missing)?;
     let schedule = Some(shown(&request.name, schedule, TICKS, usize::MAX));

@@ -13,7 +13,7 @@ use prost::Message;
 use tenure_machine::{
     Compare, CompareTarget, Condition, ConditionOp, ConditionReply, ConfigAt, CounterWithin, Failed, HeldAttempt,
     HeldLock, JobId, MarkerOp, NamespaceId, NativeReply, Op, OpReply, Receipt, RecordName, Relation, Reply, RequestId,
-    RequireLock, Revision, SessionId, Span, SubTxn, Txn, TxnReply,
+    RequireLock, Revision, ScheduleAt, ScheduleName, SessionId, Span, SubTxn, Txn, TxnReply,
 };
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::txn_answer::Answer as Wire;
@@ -21,7 +21,7 @@ use tenure_wire::tenure::v1::txn_op::Op as Asked;
 
 use super::{
     Caller, Finish, Outcome, Plan, PlanFn, Plans, Refused, check_size, configs, encode_answer, kv, locks, markers,
-    mixed_up, namespace, record, refusal, refuse, registry, request_id, run, session_id, sessions,
+    mixed_up, namespace, record, refusal, refuse, registry, request_id, run, schedules, session_id, sessions,
 };
 use crate::Context;
 use crate::driver::Written;
@@ -311,6 +311,10 @@ impl Planner<'_> {
             Fact::Config(at) => {
                 configs::check_key_of("compares.config.key", &at.key)?;
                 Condition::ConfigAt(ConfigAt { key: at.key.as_str().into(), version: at.version })
+            }
+            Fact::Schedule(at) => {
+                let ScheduleName { name } = schedules::named("compares.schedule.name", &at.name)?;
+                Condition::ScheduleAt(ScheduleAt { name, changed: Revision(at.revision) })
             }
             Fact::Registered(asked) => Condition::Registered(registry::registered(asked)?),
         };

@@ -9304,7 +9304,7 @@ pub struct Check {
     /// It must not be so. Not for keys, which have a relation of their own.
     #[prost(bool, tag = "31")]
     pub not: bool,
-    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "check::Fact", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub fact: ::core::option::Option<check::Fact>,
 }
 /// Nested message and enum types in `Check`.
@@ -9341,6 +9341,9 @@ pub mod check {
         /// The instance of a service is registered, and is as asked for.
         #[prost(message, tag = "10")]
         Registered(super::RegisteredInstance),
+        /// This was the last change of a schedule.
+        #[prost(message, tag = "11")]
+        Schedule(super::ScheduleAt),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -9404,6 +9407,15 @@ pub struct RegisteredInstance {
     /// Its health is one of these; none: whatever it is.
     #[prost(enumeration = "Health", repeated, tag = "4")]
     pub health: ::prost::alloc::vec::Vec<i32>,
+}
+/// Of a schedule.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ScheduleAt {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// The revision of its last change, which a tick is not; 0: there is none.
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CounterRange {

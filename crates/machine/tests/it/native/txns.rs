@@ -3,7 +3,7 @@
 use super::Said;
 use tenure_machine::{
     Condition, ConditionOp, ConfigAt, CounterWithin, Health, HeldAttempt, HeldLock, InstanceRef, JobId, Op, Receipt,
-    RecordName, RegisteredInstance, Relation, Revision, SessionId,
+    RecordName, RegisteredInstance, Relation, Revision, ScheduleAt, SessionId,
 };
 
 /// `explain` stands first in a second list; `require CONDITION` refuses.
@@ -15,7 +15,7 @@ pub(super) fn op(said: &Said<'_>) -> Option<Op> {
     }
 }
 
-/// `alive:7`, `held:jobs/12`, `absent:type=welcome,user=42`, `attempt:key/3`, `receipt:2-1/3`, `within:stock/1..9`, `leads:e/3`, `config:app@2`,
+/// `alive:7`, `held:jobs/12`, `absent:type=welcome,user=42`, `attempt:key/3`, `receipt:2-1/3`, `within:stock/1..9`, `leads:e/3`, `config:app@2`, `schedule:s@2`,
 /// `registered:web/a` or `registered:web/a/5` (under this token), `passing:web/a` (or warning); with `not-` in front it must not be so.
 pub(crate) fn condition(word: &str) -> Option<(Relation, Condition)> {
     let (relation, word) = match word.strip_prefix("not-") {
@@ -55,6 +55,11 @@ pub(crate) fn condition(word: &str) -> Option<(Relation, Condition)> {
         "config" => {
             let (key, version) = rest.split_once('@').unwrap();
             Condition::ConfigAt(ConfigAt { key: key.into(), version: version.parse().unwrap() })
+        }
+        "schedule" => {
+            let (name, changed) = rest.split_once('@').unwrap();
+            let changed = Revision(changed.parse().unwrap());
+            Condition::ScheduleAt(ScheduleAt { name: name.as_bytes().into(), changed })
         }
         "registered" => {
             let mut parts = rest.split('/');
