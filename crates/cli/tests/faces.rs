@@ -233,14 +233,12 @@ fn path(method: &MethodDescriptor) -> String {
     format!("/{}/{}", method.parent_service().full_name(), method.name())
 }
 
-/// Changes have a request id, and are taken by the pipeline; these look at the state before they are planned.
-const NOT_ON_THE_PIPELINE: [&str; 4] = ["Configs.Publish", "Configs.Rollback", "Configs.SetSchema", "Configs.Delete"];
-
+/// Changes have a request id, and are taken by the pipeline.
 fn is_on_the_pipeline(faces: &Faces, method: &MethodDescriptor) -> bool {
     let request = faces.pool.get_message_by_name("tenure.v1.Request").unwrap();
     let is_own = request.fields().any(|field| field.kind().as_message() == Some(&method.input()));
     let is_change = method.input().get_field_by_name("request").is_some();
-    is_own && !method.is_client_streaming() || is_change && !NOT_ON_THE_PIPELINE.contains(&short(method).as_str())
+    is_own && !method.is_client_streaming() || is_change
 }
 
 #[tokio::test]

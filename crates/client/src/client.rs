@@ -300,19 +300,6 @@ impl Client {
         }
     }
 
-    /// A change that the pipeline does not take, since it looks at the state first. Tries under one request id are one change.
-    pub(crate) async fn write<T, F, Fut>(&self, what: &'static str, ask: F) -> Result<T, Error>
-    where
-        F: FnMut(Channel) -> Fut,
-        Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-    {
-        self.read(ask).await.map_err(|error| match error {
-            // Some try may have been sent.
-            Error::Unavailable { why } => Error::Unknown { request: what, why },
-            error => error,
-        })
-    }
-
     pub(crate) fn locks(&self, channel: Channel) -> v1::locks_client::LocksClient<Channel> {
         v1::locks_client::LocksClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
     }
@@ -466,7 +453,7 @@ fn no_randomness(error: getrandom::Error) -> Error {
 }
 
 /// A fresh one-shot request id: the server keeps its answer for ten minutes.
-pub(crate) fn one_shot() -> Result<v1::RequestMeta, Error> {
+fn one_shot() -> Result<v1::RequestMeta, Error> {
     let uuid = requests::uuid().map_err(no_randomness)?;
     Ok(v1::RequestMeta { id: Some(v1::request_meta::Id::UuidBytes(uuid.to_vec().into())) })
 }

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tonic::transport::Channel;
 
-use crate::client::{Client, all_pages, one_shot};
+use crate::client::{Client, all_pages};
 use crate::error::{Code, Error, found, of_read};
 use crate::kv::carried_out;
 
@@ -188,14 +188,11 @@ impl<'a> PublishConfig<'a> {
         self.request
     }
 
-    async fn run(mut self) -> Result<ConfigChange, Error> {
-        self.request.request = Some(one_shot()?);
-        let request = self.request;
-        let reply = self.client.write("publish config", |channel| {
-            let (mut configs, request) = (configs(channel), request.clone());
-            async move { configs.publish(request).await }
-        });
-        reply.await.map(ConfigChange::from)
+    async fn run(self) -> Result<ConfigChange, Error> {
+        let plan = self.client.plan("publish config", true);
+        let reply: v1::ConfigChangeReply =
+            self.client.change(plan, "/tenure.v1.Configs/Publish", &self.request).await?;
+        Ok(reply.into())
     }
 }
 
@@ -238,13 +235,11 @@ impl Client {
             author: author.to_owned(),
             comment: comment.to_owned(),
             namespace: self.namespace(),
-            request: Some(one_shot()?),
+            request: None,
         };
-        let reply = self.write("roll config back", |channel| {
-            let (mut configs, request) = (configs(channel), request.clone());
-            async move { configs.rollback(request).await }
-        });
-        reply.await.map(ConfigChange::from)
+        let plan = self.plan("roll config back", true);
+        let reply: v1::ConfigChangeReply = self.change(plan, "/tenure.v1.Configs/Rollback", &request).await?;
+        Ok(reply.into())
     }
 
     /// Sets the JSON Schema that the contents of a key must satisfy, the current one too; an empty one removes it.
@@ -256,13 +251,11 @@ impl Client {
         key: impl Into<String>,
         schema: impl Into<String>,
     ) -> Result<ConfigChange, Error> {
-        let (key, schema, namespace, id) = (key.into(), schema.into(), self.namespace(), one_shot()?);
-        let request = v1::ConfigSetSchemaRequest { key, schema, expect_schema: None, namespace, request: Some(id) };
-        let reply = self.write("set schema", |channel| {
-            let (mut configs, request) = (configs(channel), request.clone());
-            async move { configs.set_schema(request).await }
-        });
-        reply.await.map(ConfigChange::from)
+        let (key, schema, namespace) = (key.into(), schema.into(), self.namespace());
+        let request = v1::ConfigSetSchemaRequest { key, schema, expect_schema: None, namespace, request: None };
+        let plan = self.plan("set schema", true);
+        let reply: v1::ConfigChangeReply = self.change(plan, "/tenure.v1.Configs/SetSchema", &request).await?;
+        Ok(reply.into())
     }
 
     /// Gives the candidate of this number to other instances than now.

@@ -16,14 +16,13 @@ use tenure_wire::tenure::v1::idempotency_fail_request::How;
 use tenure_wire::tenure::v1::txn_answer::Answer as Wire;
 use tenure_wire::tenure::v1::txn_op::Op as Asked;
 
-use crate::client::{Client, mismatched, one_shot};
+use crate::client::{Client, mismatched};
 use crate::config::{ConfigChange, ConfigRollout, PublishConfig};
 use crate::election::Leadership;
 use crate::error::Error;
 use crate::idempotent::{Attempt, StoredResult};
 use crate::kv::{Compare, LockProof, Op, RangeReply, Record, carried_out};
 use crate::once::{Claim, Marker, MarkerName, OnceMark};
-use crate::pipeline::RECEIVE_BYTES;
 use crate::queue::{Delivery, Enqueued, JobMoved, NewJob};
 use crate::registry::{Health, Registered, Registering};
 use crate::reservation::{Reservation, Reserve};
@@ -68,32 +67,12 @@ impl Client {
         if request.namespace.is_empty() {
             request.namespace = self.namespace();
         }
-        if request.request.is_none() {
-            request.request = Some(one_shot()?);
-        }
-        Ok(self.send(request).await?.encode_to_vec())
-    }
-
-    async fn send(&self, request: v1::TxnRunRequest) -> Result<v1::TxnRunReply, Error> {
-        if !request.then.iter().chain(&request.otherwise).any(looks_first) {
-            return self.unary(self.plan("transaction", true), PATH, &request).await;
-        }
-        let reply = self.write("transaction", |channel| {
-            let mut txns = v1::txns_client::TxnsClient::new(channel).max_decoding_message_size(RECEIVE_BYTES);
-            let request = request.clone();
-            async move { txns.run(request).await }
-        });
-        reply.await
-    }
-}
-
-/// Whether the server looks at the state before it plans this, which a pipeline does not wait for.
-fn looks_first(op: &v1::TxnOp) -> bool {
-    match &op.op {
-        Some(Asked::ConfigPublish(_) | Asked::ConfigRollback(_)) => true,
-        Some(Asked::Txn(body)) => body.then.iter().chain(&body.otherwise).any(looks_first),
-        Some(Asked::Once(once)) => once.ops.iter().any(looks_first),
-        _ => false,
+        let plan = self.plan("transaction", true);
+        let reply: v1::TxnRunReply = match request.request {
+            Some(_) => self.unary(plan, PATH, &request).await?,
+            None => self.change(plan, PATH, &request).await?,
+        };
+        Ok(reply.encode_to_vec())
     }
 }
 
@@ -825,10 +804,10 @@ impl Transaction<'_> {
     }
 
     async fn run(self) -> Result<TransactionReply, Error> {
-        let Self { client, mut request, under } = self;
+        let Self { client, request, under } = self;
         let id = client.request_id_under(under.as_ref())?;
-        request.request = Some(id.meta());
-        let reply = client.send(request).await?;
+        let plan = client.plan("transaction", true);
+        let reply: v1::TxnRunReply = client.change_as(&id, plan, PATH, &request).await?;
         let header = reply.header.unwrap_or_default();
         let body = v1::TxnBodyReply { succeeded: reply.succeeded, answers: reply.answers, failed: reply.failed };
         Ok(TransactionReply { revision: header.revision, replayed: header.replayed, ..answered(body)? })

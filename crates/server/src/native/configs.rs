@@ -27,8 +27,8 @@ use v1::txn_op::Op as Asked;
 
 use super::sessions::{page_limit, query};
 use super::{
-    Caller, Changed, Finish, NativeFinish, Plan, Refused, change, decoded, either, look, mixed_up, namespace, refusal,
-    refuse, request_id, seen, text, text_or_bytes,
+    Caller, Changed, Finish, NativeFinish, Plan, PlanFn, Refused, change, decoded, either, look, mixed_up,
+    mount_planned, namespace, refusal, refuse, request_id, seen, text, text_or_bytes,
 };
 use crate::Context;
 use crate::driver::{Failure, View};
@@ -67,16 +67,11 @@ where
     F: Fn(Context, Caller, Q) -> R + Copy + Send + Sync + 'static,
     R: Future<Output = Result<Txn, Refused>> + Send + 'static,
 {
-    let context = context.clone();
-    router.unary(path, move |call, message| {
-        let context = context.clone();
-        async move {
-            super::check_size(&context, message.len())?;
-            let request = decoded(message).map_err(refusal)?;
-            let txn = plan(context.clone(), Caller::of(&call), request).await.map_err(refusal)?;
-            super::run(&context, Plan::Write(txn, finish())).await
-        }
+    let planned: PlanFn = Arc::new(move |context, caller, message| {
+        let planning = plan(context.clone(), caller.clone(), decoded(message)?);
+        Ok(Plan::Look(Box::pin(async move { Ok(Plan::Write(planning.await?, finish())) })))
     });
+    mount_planned(router, context, path, planned);
 }
 
 /// Writes the answer to a change.

@@ -25,6 +25,8 @@ pub(crate) mod stream;
 mod txns;
 mod watches;
 
+use std::pin::Pin;
+
 use bytes::Bytes;
 use prost::Message;
 use tenure_machine::{
@@ -46,7 +48,12 @@ pub(crate) enum Plan {
     Write(Txn, Finish),
     Read(NativeRead, Stale, Finish),
     Renew(Vec<SessionRef>, Finish),
+    /// It must look at the state before it is known.
+    Look(Looking),
 }
+
+/// What looks at the state, and plans by what it saw.
+pub(crate) type Looking = Pin<Box<dyn Future<Output = Result<Plan, Refused>> + Send>>;
 
 /// Whether a read may be of this member alone.
 pub(crate) type Stale = bool;
@@ -128,6 +135,11 @@ where
             Box::new(move |context, changed| Ok(answer(context, &request, changed)?.encode_to_vec().into()));
         Ok(Plan::Write(txn, Finish::Native(finish)))
     });
+    mount_planned(router, context, path, planned);
+}
+
+/// Mounts a change alone, as JSON, and on the pipeline.
+fn mount_planned(router: &mut Router, context: &Context, path: &'static str, planned: PlanFn) {
     router.plans.insert(path, planned.clone());
     mount_plan(router, context, path, planned);
 }
@@ -173,7 +185,7 @@ pub(crate) fn look<Q, A, F>(
 pub(crate) type Refused = Box<v1::Error>;
 
 /// What is known of a caller beside its message.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Caller {
     /// `Idempotency-Key` of a call over HTTP.
     pub(crate) idempotency_key: Option<String>,
@@ -235,6 +247,10 @@ pub(crate) async fn run(context: &Context, plan: Plan) -> Result<Bytes, Status> 
         Plan::Write(txn, finish) => (Outcome::Write(context.write_held(txn).await), finish),
         Plan::Read(read, stale, finish) => (Outcome::Read(context.native_read(read, stale).await), finish),
         Plan::Renew(sessions, finish) => (Outcome::Renew(context.renew(sessions).await), finish),
+        Plan::Look(look) => {
+            let plan = look.await.map_err(refusal)?;
+            return Box::pin(run(context, plan)).await;
+        }
     };
     let mut answer = complete(context, finish, outcome).await.map_err(refusal)?;
     if let Answer::Unary(bytes) = answer {

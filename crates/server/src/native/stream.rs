@@ -3,7 +3,8 @@
 //! Promises. P1: what one read of the stream delivered goes to the driver as one message, and what one round of the driver answered
 //! goes back as one message. P2: at most `OPEN_MAX` requests of a stream are open; beyond it nothing is read. What may wait for others is counted apart: it
 //! takes no place from what is answered at once, and the one beyond `WAITS_MAX` is refused.
-//! P3: a refused request is answered in its place and disturbs no other.
+//! P3: a refused request is answered in its place and disturbs no other. P4: what must look at the state before it is planned does so beside the others,
+//! and holds none of them up.
 //! Not promised. Any order among the requests of a stream.
 
 use std::collections::HashMap;
@@ -15,9 +16,13 @@ use prost::Message as _;
 use tenure_machine::Txn;
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Answer;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::queues::OpenWaits;
-use super::{Caller, Finish, NativeRead, Outcome, Plan, Plans, Refused, full_header, kv, locks, refuse, sessions};
+use super::{
+    Caller, Finish, Looking, NativeRead, Outcome, Plan, Plans, Refused, full_header, kv, locks, refuse, sessions,
+};
 use crate::Context;
 use crate::driver::{Failure, Handle, SessionRef};
 use crate::etcd::encode;
@@ -173,6 +178,7 @@ async fn stream(
     // A stream has no deadline of its own calls, and its metadata names no request.
     let caller = Caller::default();
     drop(call);
+    let (looks, mut to_look) = mpsc::unbounded_channel();
     let reader = async {
         while let Some(message) = incoming.next().await {
             let mut gathered = Gathered::default();
@@ -184,6 +190,11 @@ async fn stream(
             }
             if !gathered.refused.is_empty() {
                 outgoing.send_framed(frame_replies(&context, gathered.refused)).await.map_err(|_| gone())?;
+            }
+            for look in gathered.looks {
+                // Fails only where nobody receives, and `looker` does for as long as this runs.
+                open.requests.fetch_add(1, Ordering::Relaxed);
+                drop(looks.send(look));
             }
             if !gathered.requests.is_empty() {
                 pipe.handle.pipe(id, gathered.requests).await.map_err(stopping)?;
@@ -197,6 +208,26 @@ async fn stream(
             open.room.notified().await;
         }
         Ok(())
+    };
+    let looker = async {
+        let mut looks = JoinSet::new();
+        loop {
+            let (id, planned) = tokio::select! {
+                Some((id, look)) = to_look.recv() => {
+                    looks.spawn(async move { (id, look.await) });
+                    continue;
+                }
+                Some(looked) = looks.join_next() => looked.map_err(|_| Status::from(words::STOPPED))?,
+            };
+            open.requests.fetch_sub(1, Ordering::Relaxed);
+            match planned.and_then(|plan| begin(&open, id, plan)) {
+                Ok(request) => pipe.handle.pipe(pipe.id, vec![request]).await.map_err(stopping)?,
+                Err(error) => {
+                    outgoing.send_framed(frame_replies(&context, vec![(id, error)])).await.map_err(|_| gone())?;
+                }
+            }
+            open.room.notify_one();
+        }
     };
     let writer = async {
         loop {
@@ -212,6 +243,7 @@ async fn stream(
     };
     tokio::select! {
         ended = reader => ended,
+        ended = looker => ended,
         ended = writer => ended,
     }
 }
@@ -303,6 +335,7 @@ impl Replies {
 #[derive(Default)]
 struct Gathered {
     requests: Vec<PipeRequest>,
+    looks: Vec<(u64, Looking)>,
     refused: Vec<(u64, Refused)>,
 }
 
@@ -319,8 +352,12 @@ impl Gathered {
         self.requests.reserve(message.requests.len());
         for request in message.requests {
             let id = request.id;
-            match plan(context, plans, caller, request).and_then(|plan| begin(open, id, plan)) {
-                Ok(request) => self.requests.push(request),
+            match plan(context, plans, caller, request) {
+                Ok(Plan::Look(look)) => self.looks.push((id, look)),
+                Ok(plan) => match begin(open, id, plan) {
+                    Ok(request) => self.requests.push(request),
+                    Err(error) => self.refused.push((id, error)),
+                },
                 Err(error) => self.refused.push((id, error)),
             }
         }
@@ -340,6 +377,8 @@ fn begin(open: &Open, id: u64, plan: Plan) -> Result<PipeRequest, Refused> {
         Plan::Write(txn, finish) => PipeRequest::Write { txn, item: item(finish, false) },
         Plan::Read(read, stale, finish) => PipeRequest::Read { read, stale, item: item(finish, stale) },
         Plan::Renew(sessions, finish) => PipeRequest::Renew { sessions, item: item(finish, false) },
+        // A plan that was looked for is one to be carried out.
+        Plan::Look(_) => return Err(super::mixed_up()),
     })
 }
 

@@ -3,7 +3,6 @@
 //! Promises. X1: an operation is planned by the very function that plans the call of its name, and its answer is written by the function
 //! that writes that call's answer; so it means the same alone and in a transaction. X2: what is drawn for an operation follows from the request id of the
 //! whole and from its place. X3: the compare that failed first is named, from the moment of the decision.
-//! Not promised. That what publishes configuration can be sent over a pipeline: it looks at the state first, and a pipeline does not wait for that.
 //! Relies on. `change` for the plans of most calls; what is said of the whole is refused in an operation.
 
 use std::collections::VecDeque;
@@ -20,8 +19,8 @@ use tenure_wire::tenure::v1::txn_answer::Answer as Wire;
 use tenure_wire::tenure::v1::txn_op::Op as Asked;
 
 use super::{
-    Caller, Finish, Outcome, Plan, PlanFn, Plans, Refused, check_size, configs, encode_answer, kv, locks, markers,
-    mixed_up, namespace, record, refusal, refuse, registry, request_id, run, schedules, session_id, sessions,
+    Caller, Finish, Outcome, Plan, PlanFn, Plans, Refused, configs, encode_answer, kv, locks, markers, mixed_up,
+    mount_planned, namespace, record, refuse, registry, request_id, schedules, session_id, sessions,
 };
 use crate::Context;
 use crate::driver::Written;
@@ -34,23 +33,24 @@ pub(crate) type TxnsFinish = Box<dyn FnOnce(&Context, v1::Header, TxnReply, u64)
 
 pub(crate) fn mount(router: &mut Router, context: &Context) {
     let plans = std::sync::Arc::new(router.plans.clone());
-    let piped = plans.clone();
     let planned: PlanFn = std::sync::Arc::new(move |context, caller, message| {
-        plan(context, &piped, caller, &super::decoded(message)?, VecDeque::new())
-    });
-    router.plans.insert(PATH, planned);
-    let context = context.clone();
-    router.unary(PATH, move |call, message| {
-        let (context, plans) = (context.clone(), plans.clone());
-        async move {
-            check_size(&context, message.len())?;
-            let caller = Caller::of(&call);
-            let request: v1::TxnRunRequest = super::decoded(message).map_err(refusal)?;
-            let looked = look_first(&context, &request).await.map_err(refusal)?;
-            let plan = plan(&context, &plans, &caller, &request, looked).map_err(refusal)?;
-            run(&context, plan).await
+        let request: v1::TxnRunRequest = super::decoded(message)?;
+        if !request.then.iter().chain(&request.otherwise).any(looks_first) {
+            return plan(context, &plans, caller, &request, Looked::new());
         }
+        let (context, caller, plans) = (context.clone(), caller.clone(), plans.clone());
+        Ok(Plan::Look(Box::pin(async move {
+            let looked = look_first(&context, &request).await?;
+            plan(&context, &plans, &caller, &request, looked)
+        })))
     });
+    mount_planned(router, context, PATH, planned);
+}
+
+fn looks_first(op: &v1::TxnOp) -> bool {
+    let mut found = Vec::new();
+    gather(std::slice::from_ref(op), &mut found);
+    !found.is_empty()
 }
 
 /// Operations that look at the state before the transaction is planned, in the order in which it names them.
@@ -212,12 +212,7 @@ impl Planner<'_> {
     fn call(&mut self, asked: &Asked) -> Result<(Op, Step), Refused> {
         let (path, body) = called(asked)?;
         if configs::looks_first(asked) {
-            let (op, finish) = self.looked.pop_front().ok_or_else(|| {
-                refuse(
-                    "op",
-                    "what publishes or rolls back configuration looks at its schema first: not over a pipeline",
-                )
-            })?;
+            let (op, finish) = self.looked.pop_front().ok_or_else(mixed_up)?;
             return Ok((op, Step::Call(path, finish)));
         }
         let caller = Caller { idempotency_key: self.drawn()?, deadline: None };

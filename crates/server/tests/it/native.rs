@@ -430,6 +430,12 @@ async fn the_pipeline_answers_by_id() {
     assert!(messages < 500, "answers leave in batches: {messages} messages");
 
     let get = |key: &str| v1::GetRequest { key: key.to_owned(), ..Default::default() };
+    let publish = |key: &str, content: &str| {
+        let (key, content) = (key.to_owned(), content.to_owned());
+        let request = v1::ConfigPublishRequest { key, content, ..Default::default() };
+        let (method, body) = ("/tenure.v1.Configs/Publish".to_owned(), request.encode_to_vec().into());
+        v1::request::Call::Unary(v1::UnaryCall { method, body })
+    };
     let mixed = vec![
         call(1, v1::request::Call::Get(get("k7"))),
         call(2, v1::request::Call::Get(get("missing"))),
@@ -445,23 +451,27 @@ async fn the_pipeline_answers_by_id() {
             }),
         ),
         v1::Request { id: 6, call: None },
+        // What looks at the state before it is planned does so beside the others.
+        call(7, publish("flags", "1")),
+        call(8, publish("", "no key")),
     ];
     requests.send(v1::Requests { requests: mixed }).await.unwrap();
     let mut seen = BTreeMap::new();
-    while seen.len() < 6 {
+    while seen.len() < 8 {
         for reply in answers.message().await.unwrap().unwrap().replies {
             let shown = match reply.result.unwrap() {
                 v1::reply::Result::Get(got) => got.record.unwrap().value,
                 v1::reply::Result::Error(error) => error.code,
                 v1::reply::Result::LockAcquire(grant) => format!("held by {}", grant.session == holder),
                 v1::reply::Result::Range(range) => range.count.to_string(),
+                v1::reply::Result::Unary(bytes) => v1::ConfigChangeReply::decode(bytes).unwrap().version.to_string(),
                 other => panic!("{other:?}"),
             };
             seen.insert(reply.id, shown);
         }
     }
     let shown: Vec<_> = seen.values().map(String::as_str).collect();
-    assert_eq!(shown, ["7", "NOT_FOUND", "held by true", "INVALID", "111", "INVALID"]);
+    assert_eq!(shown, ["7", "NOT_FOUND", "held by true", "INVALID", "111", "INVALID", "1", "INVALID"]);
     drop(requests);
     assert!(answers.message().await.unwrap().is_none(), "an end from the client ends the stream");
     fixture.server.stop().await;
