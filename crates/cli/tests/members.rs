@@ -254,3 +254,39 @@ fn a_dead_member_is_replaced_by_one_command_and_does_not_come_back() {
     assert!(code == 1 && log.contains(cure) && log.contains("tenure member replace n1"), "{code}: {log}");
     assert_eq!(ok(&endpoint, &["kv", "get", "k"]), "v\n");
 }
+
+/// A member that is alone answers what it last knew, if asked for that, and says how old it may be.
+#[test]
+fn a_stale_read_tells_its_age() {
+    let (mut members, _) = three();
+    let alone = members.pop().unwrap();
+    ok(alone.address(), &["kv", "put", "k", "1"]);
+    assert_eq!(ok(alone.address(), &["kv", "get", "k"]), "1\n");
+    let fresh = json(alone.address(), &["kv", "get", "k"]);
+    assert!(fresh.get("stale_ms").is_none(), "what is not stale has no age: {fresh}");
+    let age = || {
+        let told = json(alone.address(), &["kv", "get", "k", "--stale"]);
+        assert_eq!(
+            (told["records"][0]["value"].as_str(), &told["revision"]),
+            (Some("1"), &fresh["revision"]),
+            "{told}"
+        );
+        told["stale_ms"].as_str().unwrap().parse::<u64>().unwrap()
+    };
+    assert!(age() < 5_000, "the leader was heard a moment ago");
+    members.iter_mut().for_each(|member| member.server.kill());
+    let killed = std::time::Instant::now();
+    wait_for("the majority to be missed", LIMIT, || tenure(alone.address(), &["kv", "get", "k"]).code == 69);
+    // The age is an upper bound: it grows at least as the clock does since nobody answers any more.
+    let asked = u64::try_from(killed.elapsed().as_millis()).unwrap();
+    let (first, second) = (age(), age());
+    assert!(first >= asked && second >= first, "{first} and {second} ms, {asked} ms after the others ended");
+    let said = tenure(alone.address(), &["kv", "get", "k", "--stale"]);
+    assert_eq!((said.code, said.out.as_str()), (0, "1\n"), "{}", said.err);
+    // For people it stands beside the answer, where no program reads it.
+    let revision = fresh["revision"].as_str().unwrap();
+    let shown =
+        said.err.strip_prefix(&format!("revision {revision}, at most ")).unwrap_or_else(|| panic!("{}", said.err));
+    let shown: u64 = shown.strip_suffix(" ms old\n").unwrap().parse().unwrap();
+    assert!(shown >= second, "{shown}, {second}");
+}
