@@ -32,6 +32,7 @@ mod schedules;
 mod span_index;
 mod status;
 pub mod transcode;
+mod turns;
 mod watch_hub;
 
 use std::io;
