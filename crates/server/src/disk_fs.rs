@@ -22,8 +22,9 @@ const SYNC_BOUNDS: &[f64] =
     &[0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192];
 
 const LOCK_FILE: &str = "lock";
-/// New files are filled in steps of this size.
-const ZEROS: usize = 256 << 10;
+/// What is written leaves in steps of this size. Linux keeps a large write in one large folio of the page cache, and every small write into it later looks at
+/// all of its blocks: behind steps of 256 KiB or more, a write of 400 bytes with its sync took 15 to 30 us longer (Linux 6.18, ext4).
+const STEP_BYTES: usize = 16 << 10;
 
 /// Why a folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -124,19 +125,20 @@ impl Disk for FsDisk {
     fn create(&mut self, name: &str, zeros: u64) -> io::Result<()> {
         let file = OpenOptions::new().read(true).write(true).create_new(true).open(self.path(name))?;
         // Written, not allocated: blocks that were only reserved cost a journal commit at their first sync.
-        let chunk = vec![0; ZEROS.min(zeros as usize)];
-        let mut at = 0;
-        while at < zeros {
-            let len = (zeros - at).min(chunk.len() as u64) as usize;
-            file.write_all_at(&chunk[..len], at)?;
-            at += len as u64;
+        for at in (0..zeros).step_by(STEP_BYTES) {
+            let len = (zeros - at).min(STEP_BYTES as u64) as usize;
+            file.write_all_at(&[0; STEP_BYTES][..len], at)?;
         }
         self.files().insert(name.to_owned(), Arc::new(file));
         Ok(())
     }
 
     fn write(&mut self, name: &str, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.file(name)?.write_all_at(data, offset)
+        let file = self.file(name)?;
+        for (step, piece) in (0_u64..).zip(data.chunks(STEP_BYTES)) {
+            file.write_all_at(piece, offset + step * STEP_BYTES as u64)?;
+        }
+        Ok(())
     }
 
     fn sync(&mut self, name: &str) -> io::Result<()> {
