@@ -46,6 +46,7 @@ mod kv;
 pub mod lease;
 mod lock;
 mod once;
+mod one_task;
 mod pipeline;
 mod queue;
 mod registry;

@@ -18,6 +18,8 @@ use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::one_task::{in_one_task, parts};
+
 /// Requests on one stream that do not wait for a lock. The server stops reading at 4,096.
 const OPEN_MAX: usize = 4_000;
 /// Requests that wait for a place on the stream.
@@ -77,7 +79,11 @@ impl Pipeline {
         let (commands, queue) = mpsc::channel(QUEUE_MAX);
         let behaviour = Arc::new(AtomicU32::new(0));
         let heard = behaviour.clone();
-        tokio::spawn(Dispatcher { queue, endpoints, next: 0, links: 0, connect_timeout, behaviour: heard }.run());
+        let (parts, spawned) = parts();
+        let endpoints = endpoints.into_iter().map(|endpoint| endpoint.executor(parts.clone())).collect();
+        drop(parts);
+        let dispatcher = Dispatcher { queue, endpoints, next: 0, links: 0, connect_timeout, behaviour: heard };
+        tokio::spawn(in_one_task(dispatcher.run(), spawned));
         Self { commands, behaviour }
     }
 
@@ -184,6 +190,7 @@ impl Dispatcher {
             open: HashMap::new(),
             waits: 0,
             unsent: Vec::new(),
+            woken: 0,
         };
         let why = loop {
             if let Err(why) = state.take(waiting) {
@@ -200,7 +207,9 @@ impl Dispatcher {
                         return;
                     }
                     // Callers that were woken together are about to speak together: let them, and send one message.
-                    tokio::task::yield_now().await;
+                    if state.woken > 1 {
+                        tokio::task::yield_now().await;
+                    }
                     while waiting.len() < MESSAGE_REQUESTS && let Ok(command) = self.queue.try_recv() {
                         waiting.push(command);
                     }
@@ -233,6 +242,8 @@ struct Open {
     waits: usize,
     /// Numbered, and not yet in a message.
     unsent: Vec<v1::Request>,
+    /// How many callers the last message woke.
+    woken: usize,
 }
 
 impl Open {
@@ -278,6 +289,7 @@ impl Open {
 
     fn hear(&mut self, replies: v1::Replies) {
         self.heard = Instant::now();
+        self.woken = replies.replies.len();
         for reply in replies.replies {
             let Some((waits, answer)) = self.open.remove(&reply.id) else { continue };
             self.waits -= usize::from(waits);
@@ -344,7 +356,15 @@ mod tests {
     use super::*;
 
     fn open_state() -> Open {
-        Open { link: 1, heard: Instant::now(), next_id: 1, open: HashMap::new(), waits: 0, unsent: Vec::new() }
+        Open {
+            link: 1,
+            heard: Instant::now(),
+            next_id: 1,
+            open: HashMap::new(),
+            waits: 0,
+            unsent: Vec::new(),
+            woken: 0,
+        }
     }
 
     fn put(value_len: usize) -> (Command, oneshot::Receiver<Result<Answer, Undelivered>>) {
