@@ -69,7 +69,7 @@ pub(crate) struct ServeArgs {
     /// Most operations in one list of a transaction
     #[arg(long, env = "TENURE_MAX_TXN_OPS", default_value_t = 128, value_name = "N")]
     max_txn_ops: u64,
-    /// Most streams that watch or observe at a time; those of etcd's clients are not counted
+    /// Most streams and long polls that watch or observe at a time, those of etcd's clients too
     #[arg(long, env = "TENURE_MAX_WATCH_STREAMS", default_value_t = 20_000, value_name = "N")]
     max_watch_streams: u64,
     /// History is kept at least this long

@@ -124,7 +124,7 @@ impl Health for MemberHealth {
             &[],
             load(&watch.events),
         );
-        let help = "Open streams of the native face that watch or observe.";
+        let help = "Open streams and long polls that watch or observe, those of etcd's clients too.";
         out.gauge("tenure_watch_streams", help, &[], self.context.watch_streams() as f64);
         let facts = &handle.facts;
         out.counter("tenure_requests_total", "Requests handed to the driver.", &[], load(&facts.requests));

@@ -208,7 +208,7 @@ impl std::ops::Deref for Context {
     }
 }
 
-/// The place of an open stream that watches, given back when it ends.
+/// The place of an open stream or long poll that watches, given back when it ends.
 pub(crate) struct StreamPlace(Arc<Settings>);
 
 impl Drop for StreamPlace {
@@ -218,12 +218,12 @@ impl Drop for StreamPlace {
 }
 
 impl Context {
-    /// A place among the streams that watch, each of which may hold some megabytes for a slow reader.
-    pub(crate) fn stream_place(&self) -> Result<StreamPlace, rpc::Status> {
+    /// A place among what watches through whichever door: each may hold some megabytes for a slow reader. Every door refuses in its own words.
+    pub(crate) fn stream_place(&self) -> Result<StreamPlace, native::Refused> {
         let place = StreamPlace(self.settings.clone());
         let before = self.settings.watch_streams.fetch_add(1, Ordering::Relaxed);
         let max = self.settings.max_watch_streams;
-        if before < max { Ok(place) } else { Err(status::native_status(status::too_many_streams(max))) }
+        if before < max { Ok(place) } else { Err(Box::new(status::too_many_streams(max))) }
     }
 
     pub(crate) fn watch_streams(&self) -> usize {

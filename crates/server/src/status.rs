@@ -206,9 +206,9 @@ fn fact(error: &mut v1::Error, name: &str, value: impl ToString) {
     error.facts.insert(name.to_owned(), value.to_string());
 }
 
-/// All places of streams that watch are taken.
+/// All places of what watches are taken.
 pub(crate) fn too_many_streams(max: usize) -> v1::Error {
-    let why = format!("this member has {max} open streams that watch, which is all it may have");
+    let why = format!("this member has {max} open watches, streams and long polls together, which is all it may have");
     let mut e = error("RATE_LIMITED", why, Kind::Read);
     fact(&mut e, "limit", max);
     fact(&mut e, "flag", "--max-watch-streams");

@@ -37,6 +37,7 @@ impl Drop for OpenStream {
 
 async fn watch(context: Context, call: Call, mut incoming: Incoming, outgoing: Outgoing) -> Result<(), Status> {
     require_leader(&context, &call)?;
+    let _place = context.stream_place().map_err(|_| Status::from(status::TOO_MANY_REQUESTS))?;
     let out = Arc::new(StreamOut::default());
     let id = context.open_watch(out.clone()).await.map_err(failed)?;
     let stream = OpenStream { handle: context.handle.clone(), out, id };

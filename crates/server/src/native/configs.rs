@@ -466,7 +466,7 @@ fn list(view: &View<'_>, request: &v1::ConfigListRequest) -> Result<v1::ConfigLi
 async fn watch(context: Context, _: Call, mut incoming: Incoming, outgoing: Outgoing) -> Result<(), Status> {
     let Some(message) = incoming.next().await else { return Err(Status::invalid_argument("no request came")) };
     let request: v1::ConfigWatchRequest = decoded(message?).map_err(refusal)?;
-    let _place = context.stream_place()?;
+    let _place = context.stream_place().map_err(refusal)?;
     let mut watcher = Watcher::read(context, &request, &outgoing).map_err(refusal)?;
     let resume = Watcher::place(&request).map_err(refusal)?;
     tokio::select! {

@@ -231,7 +231,7 @@ async fn observe(context: Context, _: Call, mut incoming: Incoming, outgoing: Ou
     let Some(message) = incoming.next().await else { return Err(Status::invalid_argument("no request came")) };
     let request: v1::ObserveRequest = decoded(message?).map_err(refusal)?;
     let namespace = namespace(&request.namespace).map_err(refusal)?;
-    let _place = context.stream_place()?;
+    let _place = context.stream_place().map_err(refusal)?;
     let observer = Observer { context, namespace, name: name(&request.name).map_err(refusal)? };
     tokio::select! {
         ended = observer.run(&outgoing) => ended,

@@ -336,6 +336,7 @@ async fn get(context: Context, request: v1::ServiceGetRequest) -> Result<v1::Ser
     }
     let deadline = Instant::now() + Duration::from_millis(request.wait_ms);
     if request.wait_ms > 0 {
+        let _place = context.stream_place()?;
         wait(&context, &filter, Revision(request.after), deadline).await?;
     }
     let seen = query(&context, request.stale, move |view| Seen::of(view.machine, &filter)).await?;
@@ -388,7 +389,7 @@ async fn watch(context: Context, _: Call, mut incoming: Incoming, outgoing: Outg
     let request: v1::ServiceWatchRequest = decoded(message?).map_err(refusal)?;
     let of = (request.namespace.as_str(), request.service.as_str());
     let filter = Filter::new(of, &request.health, &request.tags, request.all).map_err(refusal)?;
-    let _place = context.stream_place()?;
+    let _place = context.stream_place().map_err(refusal)?;
     let gone = || Status::new(Code::Cancelled, "the caller no longer listens");
     let told = async {
         loop {

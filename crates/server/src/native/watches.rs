@@ -168,7 +168,7 @@ async fn watch(context: Context, _: Call, mut incoming: Incoming, outgoing: Outg
     let Some(message) = incoming.next().await else { return Err(Status::invalid_argument("no request came")) };
     let request: v1::WatchRequest = decoded(message?).map_err(refusal)?;
     let wanted = Wanted::read(&request).map_err(refusal)?;
-    let _place = context.stream_place()?;
+    let _place = context.stream_place().map_err(refusal)?;
     let run = async {
         let mut sender = Sender { outgoing: &outgoing, buffer: BytesMut::new() };
         stream(&context, wanted, &mut sender).await
@@ -428,6 +428,7 @@ async fn poll(context: Context, request: v1::WatchPollRequest) -> Result<v1::Wat
     };
     let mut wanted = Wanted::read(&request)?;
     wanted.quiet = Duration::from_millis(wait);
+    let _place = context.stream_place()?;
     let refused = |status: Status| status.problem.unwrap_or_else(|| refuse("watch", status.message));
     let (events, after) = polled(&context, &wanted).await.map_err(refused)?;
     Ok(v1::WatchPollReply {

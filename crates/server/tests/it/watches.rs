@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use tenure_wire::etcd::etcdserverpb::CompactionRequest;
 use tenure_wire::etcd::etcdserverpb::kv_client::KvClient as EtcdKv;
+use tenure_wire::etcd::etcdserverpb::watch_client::WatchClient;
+use tenure_wire::etcd::etcdserverpb::{self as pb, CompactionRequest};
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::counters_client::CountersClient;
 use tenure_wire::tenure::v1::elections_client::ElectionsClient;
@@ -409,6 +410,11 @@ async fn streams_are_bounded() {
     assert!(refused.retryable && refused.facts["flag"] == "--max-watch-streams", "{refused:?}");
     let (http, _) = Lines::get(&fixture, "/v1/watch?key=a", EVENTS).await;
     assert_eq!(http, 429);
+    let (http, _) = Lines::get(&fixture, "/v1/watch:poll?key=a&resume=1", "").await;
+    assert_eq!(http, 429);
+    let etcd = EtcdWatch::open(&fixture).await;
+    let status = etcd.unwrap_err();
+    assert_eq!((status.code(), status.message()), (tonic::Code::ResourceExhausted, "etcdserver: too many requests"));
     // What ends makes room.
     drop(first);
     loop {
@@ -419,7 +425,36 @@ async fn streams_are_bounded() {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+    // A stream of etcd's takes a place, too: with the observer they have both.
+    let _etcd = loop {
+        if let Ok(etcd) = EtcdWatch::open(&fixture).await {
+            break etcd;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    let status = Stream::refused(&fixture, keys("a")).await;
+    assert_eq!(status.code(), tonic::Code::ResourceExhausted);
     fixture.server.stop().await;
+}
+
+/// A watch as etcd's clients open it.
+#[derive(Debug)]
+struct EtcdWatch {
+    _requests: tokio::sync::mpsc::Sender<pb::WatchRequest>,
+    _answers: tonic::Streaming<pb::WatchResponse>,
+}
+
+impl EtcdWatch {
+    async fn open(fixture: &Fixture) -> Result<Self, tonic::Status> {
+        let create = pb::WatchCreateRequest { key: "a".into(), ..Default::default() };
+        let request_union = Some(pb::watch_request::RequestUnion::CreateRequest(create));
+        let (requests, receiver) = tokio::sync::mpsc::channel(1);
+        requests.send(pb::WatchRequest { request_union }).await.unwrap();
+        let mut client = WatchClient::new(fixture.channel().await);
+        let mut answers = client.watch(tokio_stream::wrappers::ReceiverStream::new(receiver)).await?.into_inner();
+        answers.message().await?;
+        Ok(Self { _requests: requests, _answers: answers })
+    }
 }
 
 #[tokio::test]
