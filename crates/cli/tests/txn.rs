@@ -166,6 +166,53 @@ fn configuration_and_services_in_one_commit() {
     assert_eq!(tenure_fed(&server.address, &["txn"], &txn).code, 10);
 }
 
+/// A check is of its moment: what was done is told as done, also where it could not be done any more.
+#[test]
+fn a_retry_of_a_change_that_was_checked_is_answered_from_memory() {
+    let server = Server::start(&[]);
+    let id = |last: u8| json!({ "uuid": format!("00112233-4455-6677-8899-aabbccddee{last:02}") });
+    let publish = |n: u32| json!({ "key": "flags", "content": json!({ "n": n }).to_string(), "request": id(1) });
+    let schema = |max: u32, last: u8| {
+        let schema = json!({ "properties": { "n": { "maximum": max } } }).to_string();
+        json!({ "key": "flags", "schema": schema, "request": id(last) })
+    };
+    let say = |path: &str, body: &Value| {
+        let answer = server.post(path, body.to_string());
+        (answer.status, serde_json::from_str::<Value>(&answer.body).unwrap())
+    };
+    let in_txn = |n: u32, last: u8| {
+        let op = json!({ "config_publish": { "key": "flags", "content": json!({ "n": n }).to_string() } });
+        json!({ "then": [op, { "counter_add": { "name": "done", "delta": "1" } }], "request": id(last) })
+    };
+    let back = json!({ "key": "flags", "version": "1", "request": id(2) });
+    assert_eq!(say("/v1/configs:publish", &publish(7)).1["version"], "1");
+    assert_eq!(say("/v1/configs:set-schema", &schema(9, 3)).0, 200);
+    assert_eq!(say("/v1/txn:run", &in_txn(8, 4)).0, 200);
+    assert_eq!(say("/v1/configs:rollback", &back).1["version"], "3");
+    assert_eq!(say("/v1/txn:run", &in_txn(1, 5)).0, 200);
+    assert_eq!(say("/v1/configs:set-schema", &schema(5, 6)).0, 200);
+    // Now none of them could be done, but for the schemas and the last.
+    for (path, body) in [
+        ("/v1/configs:publish", publish(7)),
+        ("/v1/configs:set-schema", schema(9, 3)),
+        ("/v1/txn:run", in_txn(8, 4)),
+        ("/v1/configs:rollback", back.clone()),
+        ("/v1/txn:run", in_txn(1, 5)),
+    ] {
+        let (status, told) = say(path, &body);
+        assert_eq!((status, &told["header"]["replayed"]), (200, &json!(true)), "{path} {body}: {told}");
+        // Under an id of its own it is checked, and a second request under one id is refused.
+        if path != "/v1/configs:set-schema" && !body.to_string().contains("n\\\":1") {
+            let mut anew = body.clone();
+            anew["request"] = id(9);
+            assert_eq!(say(path, &anew).0, 400, "{path} {anew}");
+        }
+    }
+    assert_eq!(say("/v1/configs:publish", &publish(8)).1["code"], "MISMATCH");
+    let (_, now) = say("/v1/configs:publish", &json!({ "key": "flags", "content": "{\"n\": 2}" }));
+    assert_eq!(now["version"], "5", "five versions, none twice");
+}
+
 #[test]
 fn waits_stand_alone_and_say_so() {
     let server = Server::start(&[]);

@@ -1,7 +1,7 @@
 //! Native configuration: publish, check, read, roll out, roll back, follow.
 //!
 //! Promises. C1: a content that does not satisfy the schema of its key is refused with the place and the reason, and one that was checked by a
-//! schema which is no longer in force is not committed. C2: a schema refers to nothing outside of itself, and its patterns run in linear time. C3: a
+//! schema which is no longer in force is not committed. A retry of what was done is answered from memory, whatever a check says by then. C2: a schema refers to nothing outside of itself, and its patterns run in linear time. C3: a
 //! watch tells the whole version that an instance is given, each time that this changes, and loses no change over reconnects.
 //! Not promised. That what a watch tells is each version ever published: of several changes between two looks the newest counts.
 //! Relies on. The state machine, which compares the number of the schema; `follow.rs` for the changes.
@@ -65,13 +65,34 @@ fn checked<Q, F, R>(router: &mut Router, context: &Context, path: &'static str, 
 where
     Q: Message + Default + Spaced + 'static,
     F: Fn(Context, Caller, Q) -> R + Copy + Send + Sync + 'static,
-    R: Future<Output = Result<Txn, Refused>> + Send + 'static,
+    R: Future<Output = Result<(Txn, Verdict), Refused>> + Send + 'static,
 {
     let planned: PlanFn = Arc::new(move |context, caller, message| {
-        let planning = plan(context.clone(), caller.clone(), decoded(message)?);
-        Ok(Plan::Look(Box::pin(async move { Ok(Plan::Write(planning.await?, finish())) })))
+        let (context, planning) = (context.clone(), plan(context.clone(), caller.clone(), decoded(message)?));
+        Ok(Plan::Look(Box::pin(async move {
+            let (txn, verdict) = planning.await?;
+            heeded(&context, &txn, verdict).await?;
+            Ok(Plan::Write(txn, finish()))
+        })))
     });
     mount_planned(router, context, path, planned);
+}
+
+/// What a check of a content said. It is of this moment, and a retry may come when the schema or the current version is another.
+pub(super) type Verdict = Result<(), Refused>;
+
+/// Refuses by a verdict, unless the request was answered before: its retry is told what it was told then. Nothing is committed unchecked by that, since
+/// what a check refused names no schema that checked it.
+pub(super) async fn heeded(context: &Context, txn: &Txn, verdict: Verdict) -> Result<(), Refused> {
+    let (Err(refused), Some(request)) = (&verdict, txn.request) else { return verdict };
+    let (principal, digest, refused) = (txn.principal.clone(), txn.digest(), refused.clone());
+    let is_known = query(context, false, move |view| view.machine.remembered(&principal, &request, digest).is_some());
+    if is_known.await? { Ok(()) } else { Err(refused) }
+}
+
+/// The number of the schema that has checked a content, and the verdict.
+fn judged(check: Result<u64, Refused>) -> (u64, Verdict) {
+    check.map_or_else(|refused| (0, Err(refused)), |number| (number, Ok(())))
 }
 
 /// Writes the answer to a change.
@@ -87,27 +108,35 @@ pub(super) fn looks_first(asked: &Asked) -> bool {
     matches!(asked, Asked::ConfigPublish(_) | Asked::ConfigRollback(_))
 }
 
-/// Such an operation, and what writes its answer.
-pub(super) async fn looked(context: &Context, space: NamespaceId, asked: &Asked) -> Result<(Op, Finish), Refused> {
-    let op = match asked {
+/// Such an operation, what writes its answer, and the verdict.
+pub(super) async fn looked(
+    context: &Context,
+    space: NamespaceId,
+    asked: &Asked,
+) -> Result<(Op, Finish, Verdict), Refused> {
+    let (op, verdict) = match asked {
         Asked::ConfigPublish(request) => publish_op(context, space, request).await?,
         Asked::ConfigRollback(request) => rollback_op(context, space, request).await?,
         _ => return Err(refuse("op", "this operation looks at nothing first")),
     };
-    Ok((op.into(), finish()))
+    Ok((op.into(), finish(), verdict))
 }
 
-async fn publish(context: Context, caller: Caller, request: v1::ConfigPublishRequest) -> Result<Txn, Refused> {
+async fn publish(
+    context: Context,
+    caller: Caller,
+    request: v1::ConfigPublishRequest,
+) -> Result<(Txn, Verdict), Refused> {
     let namespace = namespace(&request.namespace)?;
-    let op = publish_op(&context, namespace, &request).await?;
-    planned(namespace, request.request.as_ref(), &caller, op)
+    let (op, verdict) = publish_op(&context, namespace, &request).await?;
+    Ok((planned(namespace, request.request.as_ref(), &caller, op)?, verdict))
 }
 
 async fn publish_op(
     context: &Context,
     namespace: NamespaceId,
     request: &v1::ConfigPublishRequest,
-) -> Result<ConfigOp, Refused> {
+) -> Result<(ConfigOp, Verdict), Refused> {
     let content: Arc<[u8]> = either("content", &request.content, &request.content_bytes)?.into();
     let mut note = note(&request.key, &request.author, &request.comment, request.expect_version)?;
     let rollout = request.rollout.as_ref().map(rollout).transpose()?;
@@ -118,22 +147,27 @@ async fn publish_op(
         return Err(refuse("media_type", "a media type has at most 255 bytes"));
     }
     let schema = schema_of(context, namespace, &request.key).await?;
-    note.checked_by = check(schema, content.clone(), "content").await?;
+    let (checked_by, verdict) = judged(check(schema, content.clone(), "content").await);
+    note.checked_by = checked_by;
     let (media, digest) = (request.media_type.as_str().into(), Sha256::digest(&content).into());
-    Ok(ConfigOp::Publish(ConfigPublish { note, media, digest, content, rollout }))
+    Ok((ConfigOp::Publish(ConfigPublish { note, media, digest, content, rollout }), verdict))
 }
 
-async fn rollback(context: Context, caller: Caller, request: v1::ConfigRollbackRequest) -> Result<Txn, Refused> {
+async fn rollback(
+    context: Context,
+    caller: Caller,
+    request: v1::ConfigRollbackRequest,
+) -> Result<(Txn, Verdict), Refused> {
     let namespace = namespace(&request.namespace)?;
-    let op = rollback_op(&context, namespace, &request).await?;
-    planned(namespace, request.request.as_ref(), &caller, op)
+    let (op, verdict) = rollback_op(&context, namespace, &request).await?;
+    Ok((planned(namespace, request.request.as_ref(), &caller, op)?, verdict))
 }
 
 async fn rollback_op(
     context: &Context,
     namespace: NamespaceId,
     request: &v1::ConfigRollbackRequest,
-) -> Result<ConfigOp, Refused> {
+) -> Result<(ConfigOp, Verdict), Refused> {
     let mut note = note(&request.key, &request.author, &request.comment, request.expect_version)?;
     if request.version == 0 {
         return Err(refuse("version", "say which version to copy"));
@@ -146,11 +180,12 @@ async fn rollback_op(
     let schema = schema_of(context, namespace, &request.key).await?;
     // What is not there is refused by the state machine, in its order.
     let number = schema.as_ref().map_or(0, |(number, _)| *number);
-    note.checked_by = match old {
-        Some(content) => check(schema, content, "version").await?,
-        None => number,
+    let (checked_by, verdict) = match old {
+        Some(content) => judged(check(schema, content, "version").await),
+        None => (number, Ok(())),
     };
-    Ok(ConfigOp::Rollback((note, request.version)))
+    note.checked_by = checked_by;
+    Ok((ConfigOp::Rollback((note, request.version)), verdict))
 }
 
 fn plan_delete(_: &Context, caller: &Caller, request: &v1::ConfigDeleteRequest) -> Result<Txn, Refused> {
@@ -166,13 +201,17 @@ fn plan_delete(_: &Context, caller: &Caller, request: &v1::ConfigDeleteRequest) 
     planned(namespace, request.request.as_ref(), caller, ConfigOp::Purge(at))
 }
 
-async fn set_schema(context: Context, caller: Caller, request: v1::ConfigSetSchemaRequest) -> Result<Txn, Refused> {
+async fn set_schema(
+    context: Context,
+    caller: Caller,
+    request: v1::ConfigSetSchemaRequest,
+) -> Result<(Txn, Verdict), Refused> {
     let namespace = namespace(&request.namespace)?;
     check_key(&request.key)?;
     if request.schema.len() > CONFIG_SCHEMA_BYTES_MAX {
         return Err(Box::new(words::too_large(request.schema.len(), CONFIG_SCHEMA_BYTES_MAX)));
     }
-    let (mut checked, mut text) = (0, None);
+    let (mut checked, mut text, mut verdict) = (0, None, Ok(()));
     if !request.schema.is_empty() {
         let key = request.key.clone();
         let current = query(&context, false, move |view| {
@@ -181,12 +220,13 @@ async fn set_schema(context: Context, caller: Caller, request: v1::ConfigSetSche
         });
         let current = current.await?;
         let schema: Arc<[u8]> = request.schema.as_bytes().into();
-        let content = current.as_ref().map(|(_, content)| content.clone());
-        run_check(schema.clone(), content, "schema").await?;
-        (checked, text) = (current.map_or(0, |(number, _)| number), Some(schema));
+        let (number, content) = current.map_or((0, None), |(number, content)| (number, Some(content)));
+        let check = run_check(schema.clone(), content, "schema").await;
+        (checked, verdict) = judged(check.map(|()| number));
+        text = Some(schema);
     }
     let set = ConfigSchemaSet { key: request.key.as_str().into(), expect: request.expect_schema, checked, text };
-    planned(namespace, request.request.as_ref(), &caller, ConfigOp::SetSchema(set))
+    Ok((planned(namespace, request.request.as_ref(), &caller, ConfigOp::SetSchema(set))?, verdict))
 }
 
 fn plan_stage(_: &Context, caller: &Caller, request: &v1::ConfigStageRequest) -> Result<Txn, Refused> {

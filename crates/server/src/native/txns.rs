@@ -40,8 +40,12 @@ pub(crate) fn mount(router: &mut Router, context: &Context) {
         }
         let (context, caller, plans) = (context.clone(), caller.clone(), plans.clone());
         Ok(Plan::Look(Box::pin(async move {
-            let looked = look_first(&context, &request).await?;
-            plan(&context, &plans, &caller, &request, looked)
+            let (looked, verdict) = look_first(&context, &request).await?;
+            let plan = plan(&context, &plans, &caller, &request, looked)?;
+            if let Plan::Write(txn, _) = &plan {
+                configs::heeded(&context, txn, verdict).await?;
+            }
+            Ok(plan)
         })))
     });
     mount_planned(router, context, PATH, planned);
@@ -56,7 +60,7 @@ fn looks_first(op: &v1::TxnOp) -> bool {
 /// Operations that look at the state before the transaction is planned, in the order in which it names them.
 type Looked = VecDeque<(Op, Finish)>;
 
-async fn look_first(context: &Context, request: &v1::TxnRunRequest) -> Result<Looked, Refused> {
+async fn look_first(context: &Context, request: &v1::TxnRunRequest) -> Result<(Looked, configs::Verdict), Refused> {
     let mut found = Vec::new();
     gather(&request.then, &mut found);
     gather(&request.otherwise, &mut found);
@@ -64,11 +68,13 @@ async fn look_first(context: &Context, request: &v1::TxnRunRequest) -> Result<Lo
         return Err(refuse("op", format!("a transaction has at most {} operations", context.settings.max_txn_ops)));
     }
     let namespace = namespace(&request.namespace)?;
-    let mut looked = Looked::with_capacity(found.len());
+    let (mut looked, mut verdict) = (Looked::with_capacity(found.len()), Ok(()));
     for asked in found {
-        looked.push_back(configs::looked(context, namespace, asked).await?);
+        let (op, finish, said) = configs::looked(context, namespace, asked).await?;
+        looked.push_back((op, finish));
+        verdict = verdict.and(said);
     }
-    Ok(looked)
+    Ok((looked, verdict))
 }
 
 fn gather<'a>(ops: &'a [v1::TxnOp], found: &mut Vec<&'a Asked>) {
