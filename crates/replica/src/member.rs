@@ -50,8 +50,8 @@ use snapshots::{Incoming, Outgoing};
 
 /// Numbers of reads and renewals, so that those of transactions stay without gaps in a batch.
 const READ_NUMBERS: u64 = 1 << 63;
-/// Expiries and checkpoints of one poll: they share the log with foreground work.
-const DUE_MAX: usize = 256;
+/// Expiries and checkpoints of one poll: they share the log with foreground work, and what comes meanwhile waits for all of them.
+const DUE_MAX: usize = 64;
 /// The log is quiet after this long, and gets its synced mark.
 const QUIET_MS: u64 = 200;
 /// How long an acquire that will only join a queue of waiters may wait for company; see `rides_along`.
