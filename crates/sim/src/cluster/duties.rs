@@ -14,7 +14,7 @@ const PAGE: usize = 100;
 
 /// How instances are from some moment on, and at last.
 fn health(now_us: u64, healing: bool) -> Health {
-    if healing || now_us / 2_000_000 % 2 == 1 { Health::Critical } else { Health::Passing }
+    if healing || now_us / 1_000_000 % 2 == 1 { Health::Critical } else { Health::Passing }
 }
 
 impl World {
@@ -31,7 +31,7 @@ impl World {
     }
 
     fn do_duties(&mut self, node: usize) -> Result<(), String> {
-        let (wall, notices) = (self.wall_ms(node), self.random.chance(1, 8));
+        let (wall, notices) = (self.wall_ms(node), self.random.chance(1, 16));
         let only_first = self.options.bug == Some(Bug::Native(NativeBug::OneRunner)) && node != 0;
         let health = health(self.now, self.healing);
         let report = self.report.calls;

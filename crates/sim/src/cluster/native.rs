@@ -3,7 +3,8 @@
 use super::node::FIRST_WALL_MS;
 use crate::oracle::duties::{SCHEDULE, keeps_apart};
 use crate::oracle::retention::{SCOPE, Thing};
-use crate::oracle::standing::{ELECTION, PERMITS, SERVICE};
+use crate::oracle::rollouts;
+use crate::oracle::standing::{ELECTION, PERMITS, PERMITS_LOCK, SERVICE};
 use crate::random::Random;
 use std::collections::BTreeMap;
 use tenure_machine::*;
@@ -19,6 +20,8 @@ pub(super) struct Given {
     instances: Vec<InstanceRef>,
     /// The newest version of a key that it heard of.
     versions: BTreeMap<Box<str>, u64>,
+    /// Keys with candidates and schemas, as they were last told to be.
+    rolled: BTreeMap<Box<str>, ConfigAfter>,
     /// With the last change of each.
     pub(super) schedules: BTreeMap<Box<[u8]>, Revision>,
 }
@@ -72,6 +75,11 @@ impl Given {
             ) => {
                 let (service, instance) = (register.service.clone(), register.instance.clone());
                 keep(&mut self.instances, InstanceRef { service, instance, token: registered.token });
+            }
+            (NativeOp::Config(op), NativeReply::Config(ConfigReply::Changed(after)))
+                if rollouts::KEYS.contains(&rollouts::key(op)) =>
+            {
+                self.rolled.insert(rollouts::key(op).into(), *after);
             }
             (
                 NativeOp::Config(ConfigOp::Publish(ConfigPublish { note, .. }) | ConfigOp::Rollback((note, _))),
@@ -180,6 +188,7 @@ pub(super) fn draw(focus: Focus, asker: &Asker<'_>, random: &mut Random) -> Opti
             Txn::of(if random.coin() { ReservationOp::Cancel(hold) } else { ReservationOp::Confirm(hold) }.into())
         }
         (2, _) => Txn::of(reserve(asker, random).into()),
+        (3, _) if coin => Txn::of(roll_out(asker, random).into()),
         (3, _) => Txn::of(configure(asker, random).into()),
         (4, _) if !given.receipts.is_empty() && coin => settle(number, random.pick(&given.receipts).clone(), random),
         (4, _) if random.coin() => Txn::of(enqueue(number, random).into()),
@@ -191,6 +200,10 @@ pub(super) fn draw(focus: Focus, asker: &Asker<'_>, random: &mut Random) -> Opti
         (5, _) => Txn::of(IdempotencyOp::Begin(begin(random)).into()),
         (6, _) => Txn::of(mark(number, random).into()),
         (7, _) if !given.locks.is_empty() && coin => hold(random.pick(&given.locks).clone(), random),
+        (7, _) if random.chance(1, 10) => {
+            let permits = *random.pick(&[2, PERMITS, PERMITS, 4]);
+            Txn::of(LockOp::Resize(LockResize { name: PERMITS_LOCK.into(), permits }).into())
+        }
         (7, Some(session)) => Txn::of(acquire(asker, session, random).into()),
         (8, Some(session)) => Txn::of(elect(asker, session, random).into()),
         (9, Some(session)) => Txn::of(instance(asker, session, random).into()),
@@ -208,8 +221,9 @@ fn add(random: &mut Random) -> Op {
 fn acquire(asker: &Asker<'_>, session: SessionId, random: &mut Random) -> LockOp {
     let mode = if random.chance(1, 3) { HoldMode::Exclusive } else { HoldMode::Shared };
     let rw = LockItem { name: b"rw"[..].into(), mode };
-    let permits = Permits { count: random.between(1, 2) as u32, of: PERMITS };
-    let permits = LockItem { name: b"permits"[..].into(), mode: HoldMode::Permits(permits) };
+    let of = *random.pick(&[2, PERMITS, PERMITS, PERMITS, 4]);
+    let permits = Permits { count: random.between(1, 2) as u32, of };
+    let permits = LockItem { name: PERMITS_LOCK.into(), mode: HoldMode::Permits(permits) };
     let (number, mut priority) = (asker.number, random.weighted(&[4, 1, 1]) as i32 - 1);
     let (locks, owner) = match random.below(8) {
         0 => (vec![rw, permits], format!("many{number}p{priority}")),
@@ -281,7 +295,7 @@ fn instance(asker: &Asker<'_>, session: SessionId, random: &mut Random) -> Regis
         };
     }
     // Some are there without a session, and probed.
-    let probed = random.chance(1, 3);
+    let probed = random.coin();
     let instance: Box<str> = name(if probed { "a" } else { "i" }, random).into();
     let own = known.iter().rev().find(|of| of.instance == instance).map(|of| of.token);
     let replaces = own.filter(|_| random.coin()).unwrap_or_default();
@@ -318,6 +332,68 @@ fn configure(asker: &Asker<'_>, random: &mut Random) -> ConfigOp {
     }
     let content = asker.number.to_be_bytes()[..].into();
     ConfigOp::Publish(ConfigPublish { note, media: "".into(), digest: [0; 32], content, rollout: None })
+}
+
+/// Everything that can be done to a key, on what was heard of last.
+fn roll_out(asker: &Asker<'_>, random: &mut Random) -> ConfigOp {
+    let key: Box<str> = (*random.pick(&rollouts::KEYS)).into();
+    let known = asker.given.rolled.get(&key).copied();
+    let known = known.unwrap_or(ConfigAfter { version: 0, current: 0, candidate: 0, schema: 0 });
+    let zone = (*random.pick(&rollouts::ZONES)).into();
+    let labels = if random.chance(1, 3) { vec![("zone".into(), zone)] } else { Vec::new() };
+    let rollout = Rollout { share: *random.pick(&[0, 1_000, 3_000, 6_000, ROLLOUT_ALL]), labels };
+    if known.candidate > 0 && random.chance(3, 4) {
+        let at = ConfigAt { key: key.clone(), version: known.candidate };
+        return match random.below(6) {
+            0 => ConfigOp::Promote(at),
+            1 => ConfigOp::Abort(at),
+            _ => ConfigOp::Stage(ConfigStage { key, version: known.candidate, rollout }),
+        };
+    }
+    let (author, comment) = Default::default();
+    let expect = random.chance(1, 2).then_some(known.current);
+    let note = ConfigNote { key: key.clone(), expect, author, comment, time_ms: 0, checked_by: 0 };
+    match random.below(16) {
+        0 => ConfigOp::Delete(note),
+        1 => ConfigOp::Purge(ConfigAt { key, version: known.version.max(known.current) }),
+        2..=4 => {
+            let text = random.pick(&[None, Some(rollouts::EVEN), Some(rollouts::ODD)]).map(Into::into);
+            ConfigOp::SetSchema(ConfigSchemaSet { key, expect: None, checked: 0, text })
+        }
+        5 | 6 if known.version > 0 => ConfigOp::Rollback((note, random.between(1, known.version))),
+        drawn => {
+            let content = asker.number.to_be_bytes()[..].into();
+            let rollout = (drawn > 9 && known.current > 0).then_some(rollout);
+            ConfigOp::Publish(ConfigPublish { note, media: "".into(), digest: [0; 32], content, rollout })
+        }
+    }
+}
+
+/// What a door does before it proposes: it checks contents by the schema that its member has, and says by which. Whether it proposes.
+pub(super) fn check_at_the_door(machine: &Machine, txn: &mut Txn, bug: Option<NativeBug>) -> bool {
+    let Some(Op::Native(op)) = txn.then.first_mut() else { return true };
+    let NativeOp::Config(op) = &mut **op else { return true };
+    let Some(config) = machine.object::<Config>(NS, rollouts::key(op).as_bytes()) else { return true };
+    let (schema, number) = (config.schema.as_ref(), config.schema.as_ref().map_or(0, |schema| schema.number));
+    let fits = match op {
+        ConfigOp::Publish(publish) => {
+            publish.note.checked_by = number;
+            rollouts::fits(&publish.content, schema)
+        }
+        ConfigOp::Rollback((note, to)) => {
+            note.checked_by = number;
+            let old = machine.config_version(NS, &note.key, *to);
+            old.is_none_or(|old| rollouts::fits(&old.content, schema))
+        }
+        ConfigOp::SetSchema(set) => {
+            let text = set.text.clone();
+            let schema = text.map(|text| ConfigSchema { number: 0, revision: Revision(0), text });
+            set.checked = config.current.as_ref().map_or(0, |current| current.number);
+            config.current.as_ref().is_none_or(|current| rollouts::fits(&current.content, schema.as_ref()))
+        }
+        _ => true,
+    };
+    fits || bug == Some(NativeBug::SkipSchema)
 }
 
 /// A new one, or another plan, a pause or the end of one that somebody has made.
@@ -547,6 +623,12 @@ pub enum NativeBug {
     RefuseResults,
     /// Who cancels a part of a pool after its confirmation is told that it did.
     CancelConfirmed,
+    /// It publishes what breaks the schema.
+    SkipSchema,
+    /// It gives a candidate to everybody.
+    StageAll,
+    /// It changes the number of permits to one more.
+    OneMore,
     /// What is to be kept is kept for the shortest time that there is.
     ShortRetention,
     /// The moment of a look at the clock is taken for the tick of a schedule.
@@ -596,6 +678,8 @@ pub(super) fn spoil_request(bug: NativeBug, machine: &Machine, wall_ms: u64, txn
                 let (name, reason) = (once.name.clone(), "old".into());
                 first.push(Txn::of(MarkerOp::Delete(MarkerDelete { name, token: Revision(0), reason }).into()));
             }
+            (NativeBug::StageAll, NativeOp::Config(ConfigOp::Stage(stage))) => stage.rollout.share = ROLLOUT_ALL,
+            (NativeBug::OneMore, NativeOp::Lock(LockOp::Resize(resize))) => resize.permits += 1,
             (NativeBug::ShortRetention, NativeOp::Idempotency(IdempotencyOp::Begin(begin))) => {
                 begin.retention_ms = 60_000;
             }

@@ -1270,6 +1270,14 @@ impl World {
                 _ => {}
             }
         }
+        let native_bug = match self.options.bug {
+            Some(Bug::Native(bug)) => Some(bug),
+            _ => None,
+        };
+        if !native::check_at_the_door(member.machine(), &mut txn, native_bug) {
+            let caller = Caller { call: number, attempt, since_us: self.now, due_ms: None };
+            return self.tell(to, caller, Outcome::Refused);
+        }
         if self.options.bug == Some(Bug::ForgetAnswers)
             && txn
                 .request
@@ -1278,7 +1286,7 @@ impl World {
         {
             txn.request = None;
         }
-        if let Some(Bug::Native(bug)) = self.options.bug {
+        if let Some(bug) = native_bug {
             let wall = n.wall_ms + self.now / 1_000;
             for first in native::spoil_request(bug, member.machine(), wall, &mut txn) {
                 let caller = Caller { call: 0, attempt: 0, since_us: self.now, due_ms: None };

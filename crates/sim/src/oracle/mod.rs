@@ -12,6 +12,7 @@ pub mod primitives;
 pub mod requests;
 pub mod retention;
 pub mod rights;
+pub mod rollouts;
 pub mod standing;
 pub mod state;
 pub mod versions;

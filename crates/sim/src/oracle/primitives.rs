@@ -14,6 +14,7 @@
 use super::duties::Duties;
 use super::retention::{Retention, Thing as Kept};
 use super::rights::{Grant, Rights, Thing};
+use super::rollouts::{self, Rollouts};
 use super::standing::{ELECTION, SERVICE, Standing};
 use super::versions::Versions;
 use std::collections::{BTreeMap, BTreeSet};
@@ -81,6 +82,7 @@ pub struct Primitives {
     rights: Rights,
     standing: Standing,
     versions: Versions,
+    rollouts: Rollouts,
     duties: Duties,
     retention: Retention,
     /// Who was to lead, under which revision, by the resignation of which token.
@@ -118,6 +120,10 @@ impl Primitives {
             (NativeOp::Lock(op), NativeReply::Lock(reply)) => ("locks", self.lock(call, op, reply, at)),
             (NativeOp::Election(op), NativeReply::Election(reply)) => ("elections", self.election(call, op, reply, at)),
             (NativeOp::Registry(op), NativeReply::Registry(reply)) => ("registry", self.registry(call, op, reply, at)),
+            (NativeOp::Config(op), NativeReply::Config(_)) if is_rolled_out(op) => {
+                self.rollouts.done(op, at);
+                ("rollouts", Ok(()))
+            }
             (NativeOp::Config(op), NativeReply::Config(ConfigReply::Changed(after))) => {
                 ("configuration", self.versions.changed(call, op, after, at))
             }
@@ -132,7 +138,7 @@ impl Primitives {
     /// Somebody is about to ask for it.
     pub fn asked(&mut self, op: &NativeOp) {
         match op {
-            NativeOp::Config(op) => self.versions.asked(op),
+            NativeOp::Config(op) if !is_rolled_out(op) => self.versions.asked(op),
             NativeOp::Lock(LockOp::Release(release)) => self.may_end(lock(&release.name), release.token.0),
             NativeOp::Lock(LockOp::ForceRelease(force)) => self.may_end(lock(&force.name), force.token.0),
             NativeOp::Election(ElectionOp::Resign(resign)) => {
@@ -170,7 +176,7 @@ impl Primitives {
             NativeOp::Counter(CounterOp::Add(add)) => {
                 self.counters.entry(add.name.clone()).or_default().unknown += 1;
             }
-            NativeOp::Config(op) => self.versions.unknown(op),
+            NativeOp::Config(op) if !is_rolled_out(op) => self.versions.unknown(op),
             NativeOp::Schedule(op) => self.duties.unknown(op),
             NativeOp::Idempotency(op) => drop(self.unclear.insert(op.name().key.clone())),
             NativeOp::Reservation(ReservationOp::Confirm(hold)) => {
@@ -210,6 +216,7 @@ impl Primitives {
         self.standing.look(machine)?;
         self.duties.look(machine, SERVICE)?;
         self.retention.look(machine)?;
+        self.rollouts.look(machine)?;
         self.versions.look(machine)
     }
 
@@ -230,6 +237,8 @@ impl Primitives {
         self.rights.check()?;
         self.versions.finish(machine)?;
         self.duties.finish()?;
+        self.rollouts.finish()?;
+        self.standing.finish()?;
         for ((key, _), once) in self.once.iter().filter(|((key, _), _)| !self.unclear.contains(key)) {
             let of_key = Kept::Key(key.clone());
             check_refused(key, once, |attempt| self.retention.is_over(&of_key, attempt))?;
@@ -263,6 +272,10 @@ impl Primitives {
             }
             (LockOp::ForceRelease(force), LockReply::ForceReleased(1..)) => {
                 self.rights.taken(lock(&force.name), force.token.0, at);
+                Ok(())
+            }
+            (LockOp::Resize(resize), LockReply::Resized(before)) => {
+                self.standing.resized(at, *before, resize.permits);
                 Ok(())
             }
             _ => Ok(()),
@@ -523,6 +536,10 @@ impl Primitives {
 }
 
 const LOCK: &str = "lock";
+
+fn is_rolled_out(op: &ConfigOp) -> bool {
+    rollouts::KEYS.contains(&rollouts::key(op))
+}
 
 fn lock(name: &[u8]) -> Thing {
     (LOCK, name.to_vec())

@@ -1,6 +1,6 @@
 //! What members hold at any time: who has what, who waits, and in which order those who waited are served.
 //!
-//! Promises. In every state that a member comes to: a writer is alone, no permit is in two hands and none is given that there is not, whoever holds, leads, is
+//! Promises. In every state that a member comes to: a writer is alone, no permit is in two hands, none is given that there is not, and never more of them than there are at that moment, whoever holds, leads, is
 //! registered or waits has a session that lives, and nobody waits first for what could be had. From one state to a later one: whoever waited longer with no
 //! lower priority is served before those behind and before newcomers; tokens rise; a lock that was lost with its session, or an owner's that asked for
 //! a delay, is kept from others until that is over.
@@ -13,7 +13,8 @@ use tenure_machine::*;
 
 const NS: NamespaceId = NamespaceId::DEFAULT;
 /// The locks, elections and the service that are looked at.
-pub const LOCKS: [&[u8]; 4] = [b"lock0", b"lock1", b"rw", b"permits"];
+pub const LOCKS: [&[u8]; 4] = [b"lock0", b"lock1", b"rw", PERMITS_LOCK];
+pub const PERMITS_LOCK: &[u8] = b"permits";
 pub const ELECTION: &[u8] = b"e";
 pub const SERVICE: &str = "svc";
 pub const PERMITS: u32 = 3;
@@ -55,6 +56,9 @@ pub struct Standing {
     lines: BTreeMap<Vec<u8>, Line>,
     /// Ends of grants that somebody asked for: what is given back is not kept.
     may_end: BTreeSet<(Vec<u8>, u64)>,
+    /// How the number of permits has changed at a revision, as the members hold and as clients were told: from and to.
+    sizes: BTreeMap<u64, (u32, u32)>,
+    told: BTreeMap<u64, (u32, u32)>,
     /// Who is to lead next, whoever waits.
     named: BTreeSet<SessionId>,
     /// By token.
@@ -68,6 +72,54 @@ impl Standing {
 
     pub fn named(&mut self, session: SessionId) {
         self.named.insert(session);
+    }
+
+    /// A client was told that it has changed the number of permits.
+    pub fn resized(&mut self, at: u64, from: u32, to: u32) {
+        if from != to {
+            self.told.insert(at, (from, to));
+        }
+    }
+
+    pub fn finish(&self) -> Result<(), String> {
+        match self.told.iter().find(|(at, sizes)| self.sizes.get(at) != Some(sizes)) {
+            None => Ok(()),
+            Some(told) => {
+                Err(format!("the permits were told to have changed by {told:?}, and did by {:?}", self.sizes))
+            }
+        }
+    }
+
+    /// How many permits there were at a revision, of those that there are now. Whoever has got one since then has kept the lock in being.
+    fn permits_at(&self, at: u64, now: u32) -> u32 {
+        self.sizes.range(at + 1..).next().map_or(now, |(_, (from, _))| *from)
+    }
+
+    fn look_at_sizes(&mut self, machine: &Machine, before: u64) -> Result<(), String> {
+        for event in machine.lock_events(NS, PERMITS_LOCK) {
+            let sizes = event.detail.strip_suffix(" permits").and_then(|text| text.split_once(" to "));
+            if let Some((from, to)) = sizes.filter(|_| event.kind == LockEventKind::Resized)
+                && let (Ok(from), Ok(to)) = (from.parse(), to.parse())
+            {
+                self.sizes.insert(event.token.0, (from, to));
+            }
+        }
+        let Some(info) = machine.lock(NS, PERMITS_LOCK) else { return Ok(()) };
+        let granted: Vec<(u64, usize)> =
+            info.holds.iter().map(|hold| (hold.holder.token.0, hold.slots.len())).collect();
+        self.check_sizes(before, &granted, info.permits).map_err(|why| format!("{why}: {info:?}"))
+    }
+
+    /// Tokens and counts of what is held, of what was granted after a revision.
+    fn check_sizes(&self, before: u64, granted: &[(u64, usize)], now: u32) -> Result<(), String> {
+        for (token, _) in granted.iter().filter(|(token, _)| *token > before) {
+            let given: usize = granted.iter().filter(|(earlier, _)| earlier <= token).map(|(_, count)| count).sum();
+            let permits = self.permits_at(*token, now);
+            if given > permits as usize {
+                return Err(format!("{given} of {permits} permits are given under {token}"));
+            }
+        }
+        Ok(())
     }
 
     /// Judges a member in the state that it is in.
@@ -93,6 +145,10 @@ impl Standing {
         }
         lines.push((ELECTION, Line::of_election(election)));
         let newer = machine.position().index.0 > self.at;
+        if newer {
+            let before = self.lines.get(PERMITS_LOCK).map_or(0, |line| line.revision);
+            self.look_at_sizes(machine, before)?;
+        }
         self.at = self.at.max(machine.position().index.0);
         for (name, mut line) in lines {
             (line.revision, line.stamp) = (machine.revision().0, machine.stamp().0);
@@ -243,7 +299,7 @@ fn check_lock(info: &LockInfo) -> Result<(), String> {
     }
     let slots: Vec<u32> = info.holds.iter().flat_map(|hold| hold.slots.iter().copied()).collect();
     let distinct: BTreeSet<u32> = slots.iter().copied().collect();
-    if distinct.len() < slots.len() || slots.iter().any(|slot| *slot >= info.permits) {
+    if distinct.len() < slots.len() {
         return Err(format!("of {} permits {slots:?} are given", info.permits));
     }
     let complete = |hold: &HoldInfo| match hold.mode {
@@ -323,9 +379,20 @@ mod tests {
         assert!(!is_right(vec![hold(1, reads, &[])], 0, Some(reads)), "a reader waits beside readers");
         assert!(is_right(vec![hold(1, permit(2), &[0, 2])], 3, Some(permit(2))));
         assert!(!is_right(vec![hold(1, permit(1), &[0]), hold(2, permit(1), &[0])], 3, None), "one slot, two hands");
-        assert!(!is_right(vec![hold(1, permit(1), &[3])], 3, None), "there are three");
         assert!(!is_right(vec![hold(1, permit(2), &[0])], 3, None), "two were asked for");
         assert!(!is_right(vec![hold(1, permit(1), &[0])], 3, Some(permit(2))), "two are left");
+    }
+
+    #[test]
+    fn more_holders_than_permits_at_the_grant_are_noticed() {
+        let mut all = Standing::default();
+        assert!(all.check_sizes(4, &[(5, 2), (7, 1)], 3).is_ok());
+        assert!(all.check_sizes(4, &[(5, 2), (7, 1)], 2).is_err());
+        all.sizes.insert(8, (3, 2));
+        assert!(all.check_sizes(4, &[(5, 2), (7, 1)], 2).is_ok(), "there were three then");
+        assert!(all.check_sizes(4, &[(5, 2), (9, 1)], 2).is_err(), "there were two then");
+        all.resized(8, 3, 4);
+        assert!(all.finish().is_err());
     }
 
     fn place(session: u64, since: u64, priority: i64) -> Place {

@@ -232,6 +232,21 @@ fn a_report_of_whoever_led_before() {
 }
 
 #[test]
+fn a_content_that_breaks_its_schema() {
+    native(NativeBug::SkipSchema, &["breaks the schema"]);
+}
+
+#[test]
+fn a_candidate_for_everybody() {
+    native(NativeBug::StageAll, &["after Stage"]);
+}
+
+#[test]
+fn one_permit_more() {
+    native(NativeBug::OneMore, &["the permits were told to have changed"]);
+}
+
+#[test]
 fn honest_runs_pass_and_are_the_same_twice() {
     for seed in 0..10 {
         let first = run(seed, Options::default()).unwrap();
