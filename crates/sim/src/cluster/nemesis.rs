@@ -7,7 +7,7 @@
 use super::net::Quality;
 use super::node::{Copy, Fate, Node};
 use super::people::{Call, Change, Kind};
-use super::world::{Bug, End, Event, SECOND, World};
+use super::world::{Bug, End, Event, Group, SECOND, World};
 use crate::disk::{Faults, SimDisk};
 use crate::oracle::state;
 use crate::random::Random;
@@ -374,9 +374,9 @@ impl World {
         if self.calls.values().any(leaves) {
             return false;
         }
-        let votes = |(id, role)| (role == MemberRole::Voter).then_some(id);
-        let to_be: Vec<MemberId> = self.roles().into_iter().filter_map(votes).collect();
-        [self.voters(), to_be].iter().all(|voters| {
+        // Those who run may not know it yet.
+        let Group { voters, to_be, .. } = &self.group;
+        [voters, to_be].into_iter().all(|voters| {
             let lost = |n: &&Node| (n.flipped || n.fate != Fate::Sound) && voters.contains(&n.id);
             let lost = self.nodes.iter().filter(lost).count();
             !voters.is_empty() && (!voters.contains(&self.nodes[node].id) || 2 * (lost + 1) < voters.len())

@@ -324,6 +324,7 @@ pub(super) struct World {
     requests: Requests,
     touches: BTreeMap<Vec<u8>, Vec<Touch>>,
     pub(super) healing: bool,
+    pub(super) group: Group,
     /// Nobody does what is to be done without being asked.
     pub(super) idle: bool,
     /// Nobody asks for anything before.
@@ -331,6 +332,14 @@ pub(super) struct World {
     again: BTreeMap<RequestId, Again>,
     probes: BTreeMap<usize, Probe>,
     pub(super) report: Report,
+}
+
+/// Who votes, as the newest entry says that anybody has applied.
+#[derive(Default)]
+pub(super) struct Group {
+    index: u64,
+    pub(super) voters: Vec<MemberId>,
+    pub(super) to_be: Vec<MemberId>,
 }
 
 /// Something that is asked for more than once under one id.
@@ -385,6 +394,7 @@ pub fn run(seed: u64, options: Options) -> Result<Report, String> {
         requests: Requests::default(),
         touches: BTreeMap::new(),
         healing: false,
+        group: Group::default(),
         idle: !shape.native.has_duties(),
         rest_until: 0,
         again: BTreeMap::new(),
@@ -724,6 +734,11 @@ impl World {
         let at = machine.position().index.0;
         if at != n.judged_at {
             n.judged_at = at;
+            if at > self.group.index {
+                let voters = member.status().voters;
+                let table = machine.members().filter(|member| member.role == MemberRole::Voter);
+                self.group = Group { index: at, voters, to_be: table.map(|member| member.id).collect() };
+            }
             self.judge.position(&n.name, machine)?;
             self.primitives.look(machine).map_err(|why| format!("{}: {why}", n.name))?;
         }
