@@ -699,15 +699,16 @@ fn a_new_leader_gives_the_whole_time_or_what_a_checkpoint_left() {
 #[test]
 fn expiries_share_polls_with_other_work() {
     let mut rig = Rig::new(config(1));
-    for i in 0..1_000 {
+    let sessions = 4 * DUE_MAX as u64;
+    for i in 0..sessions {
         rig.member.submit(Txn::of(Op::SessionCreate(session(100 + i, 1_000)))).unwrap();
     }
     rig.poll();
     rig.pass(999);
-    assert_eq!(rig.member.machine().counts().sessions, 1_000);
+    assert_eq!(rig.member.machine().counts().sessions, sessions);
     rig.now += 1;
     rig.poll();
-    assert_eq!(rig.member.machine().counts().sessions, 1_000 - DUE_MAX as u64);
+    assert_eq!(rig.member.machine().counts().sessions, sessions - DUE_MAX as u64);
     assert_eq!(rig.out.wake_at, Some(Millis(rig.now)), "more is due");
     rig.ok(put("k", b"v"));
     rig.poll();
