@@ -212,6 +212,7 @@ fn refused(error: Error) -> Failure {
     let hint = match error.code() {
         Some(Code::Held) => Some("--wait 30s waits for it"),
         Some(Code::TimeoutWaiting) => Some("--wait sets how long to wait"),
+        Some(Code::NotFound) => Some("`tenure reserve pool create POOL UNITS` makes one"),
         _ => None,
     };
     let failure = Failure::from(error);

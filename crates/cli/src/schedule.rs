@@ -243,7 +243,7 @@ fn print_one(info: &ScheduleInfo, output: Output) {
     line("revision", &info.revision.to_string());
     line("enqueued", &info.enqueued.to_string());
     line("job", info.job.as_deref().unwrap_or("-"));
-    line("last", &info.last.map_or_else(|| "-".to_owned(), |at| shown(at, &info.time_zone)));
+    line("done to", &info.last.map_or_else(|| "-".to_owned(), |at| shown(at, &info.time_zone)));
     if let Some((tick, why)) = &info.refused {
         line("refused", &format!("{}: {why}", shown(*tick, &info.time_zone)));
     }
