@@ -183,15 +183,7 @@ impl Dispatcher {
 
     /// Carries requests and answers until the connection ends; what is then still in `waiting` was never sent.
     async fn drive(&mut self, mut link: Link, waiting: &mut Vec<Command>) {
-        let mut state = Open {
-            link: self.links,
-            heard: Instant::now(),
-            next_id: 1,
-            open: HashMap::new(),
-            waits: 0,
-            unsent: Vec::new(),
-            woken: 0,
-        };
+        let mut state = Open::new(self.links);
         let why = loop {
             if let Err(why) = state.take(waiting) {
                 break why;
@@ -247,6 +239,10 @@ struct Open {
 }
 
 impl Open {
+    fn new(link: u64) -> Self {
+        Self { link, heard: Instant::now(), next_id: 1, open: HashMap::new(), waits: 0, unsent: Vec::new(), woken: 0 }
+    }
+
     /// Takes in what callers want. An error means that the connection is to be given up.
     fn take(&mut self, commands: &mut Vec<Command>) -> Result<(), String> {
         let mut verdict = Ok(());
@@ -355,18 +351,6 @@ fn deepest(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
 
-    fn open_state() -> Open {
-        Open {
-            link: 1,
-            heard: Instant::now(),
-            next_id: 1,
-            open: HashMap::new(),
-            waits: 0,
-            unsent: Vec::new(),
-            woken: 0,
-        }
-    }
-
     fn put(value_len: usize) -> (Command, oneshot::Receiver<Result<Answer, Undelivered>>) {
         let (answer, outcome) = oneshot::channel();
         let value_bytes = vec![0; value_len].into();
@@ -376,7 +360,7 @@ mod tests {
 
     #[test]
     fn requests_leave_together_up_to_the_size_of_a_message() {
-        let mut state = open_state();
+        let mut state = Open::new(1);
         let (mut commands, outcomes): (Vec<_>, Vec<_>) = (0..10).map(|_| put(MESSAGE_BYTES / 4)).unzip();
         state.take(&mut commands).unwrap();
         let sizes: Vec<usize> =
@@ -386,7 +370,7 @@ mod tests {
 
     #[test]
     fn a_request_larger_than_a_message_still_goes() {
-        let mut state = open_state();
+        let mut state = Open::new(1);
         let (command, _outcome) = put(MESSAGE_BYTES * 2);
         state.take(&mut vec![command]).unwrap();
         assert_eq!(state.next_message().len(), 1);
@@ -394,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_broken_stream_tells_sent_from_unsent() {
-        let mut state = open_state();
+        let mut state = Open::new(1);
         let (first, mut sent) = put(1);
         state.take(&mut vec![first]).unwrap();
         state.next_message();
@@ -407,7 +391,7 @@ mod tests {
 
     #[test]
     fn nothing_is_sent_for_a_caller_that_has_gone() {
-        let mut state = open_state();
+        let mut state = Open::new(1);
         let (command, outcome) = put(1);
         drop(outcome);
         state.take(&mut vec![command]).unwrap();
@@ -416,7 +400,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_silent_stream_is_given_up_and_a_live_one_is_kept() {
-        let mut state = open_state();
+        let mut state = Open::new(1);
         let before = Instant::now();
         tokio::time::sleep(Duration::from_millis(2)).await;
         assert!(state.take(&mut vec![Command::Suspect(Instant::now())]).is_err());

@@ -6,14 +6,12 @@
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::task::{Context, Poll, Wake, Waker, ready};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use futures_util::task::AtomicWaker;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::{Request, Response};
@@ -26,9 +24,6 @@ use super::route::{dispatch, is_generated};
 use super::socket::Socket;
 use super::{App, Body, grpc};
 use crate::metrics::Counter;
-
-/// Rounds of one turn; then other tasks of the thread come first.
-const ROUNDS_MAX: usize = 16;
 
 /// What `h2` buffers of one stream's answer beyond what the peer's window admits.
 const SEND_BUFFER_BYTES_MAX: usize = 256 << 10;
@@ -53,63 +48,13 @@ pub(super) async fn serve(app: Arc<App>, socket: Socket, peer: SocketAddr) {
         h2,
     };
     let mut bell = app.stop.bell();
-    let gate = Arc::new(Gate::default());
-    let waker = Waker::from(gate.clone());
-    std::future::poll_fn(|cx| {
-        gate.task.register(cx.waker());
-        let mut inner = Context::from_waker(&waker);
-        for _ in 0..ROUNDS_MAX {
-            gate.enter();
-            if !connection.stopping && bell.has_rung(&app.stop, &mut inner) {
-                connection.stop();
-            }
-            if connection.round(&mut inner, call).is_ready() {
-                return Poll::Ready(());
-            }
-            if gate.leave() {
-                return Poll::Pending;
-            }
+    tenure_gate::rounds(|cx| {
+        if !connection.stopping && bell.has_rung(&app.stop, cx) {
+            connection.stop();
         }
-        cx.waker().wake_by_ref();
-        Poll::Pending
+        connection.round(cx, call)
     })
     .await;
-}
-
-/// Keeps the wake-ups that a turn gives itself inside the turn: `h2` wakes its task for every frame that is queued, and going through
-/// the scheduler for each would cost as much as the frame.
-#[derive(Default)]
-struct Gate {
-    state: AtomicU8,
-    task: AtomicWaker,
-}
-
-const OUTSIDE: u8 = 0;
-const INSIDE: u8 = 1;
-const INSIDE_WOKEN: u8 = 2;
-
-impl Gate {
-    fn enter(&self) {
-        self.state.store(INSIDE, Ordering::SeqCst);
-    }
-
-    /// `false` if a wake-up came since `enter`: there is more to do.
-    fn leave(&self) -> bool {
-        self.state.compare_exchange(INSIDE, OUTSIDE, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-    }
-}
-
-impl Wake for Gate {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        let inside = self.state.compare_exchange(INSIDE, INSIDE_WOKEN, Ordering::SeqCst, Ordering::SeqCst);
-        if inside == Err(OUTSIDE) {
-            self.task.wake();
-        }
-    }
 }
 
 struct Connection<F> {
