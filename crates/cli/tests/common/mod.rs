@@ -7,6 +7,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -14,9 +15,18 @@ use serde_json::Value;
 
 pub(crate) const TENURE: &str = env!("CARGO_BIN_EXE_tenure");
 
-/// Free a moment ago; nobody else on this machine looks for this one.
+/// An address that nobody else gets. It is below the ports that the system gives by itself: one of those would soon be given again, to a connection or to
+/// a server of another test.
 pub(crate) fn free_address() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+    const PORTS: std::ops::Range<u32> = 10_000..30_000;
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    let is_free = |port: &u32| TcpListener::bind(format!("127.0.0.1:{port}")).is_ok();
+    let count = PORTS.end - PORTS.start;
+    let next = || {
+        PORTS.start + std::process::id().wrapping_mul(97).wrapping_add(GIVEN.fetch_add(1, Ordering::Relaxed)) % count
+    };
+    let port = std::iter::repeat_with(next).take(count as usize).find(is_free).expect("some port is free");
+    format!("127.0.0.1:{port}")
 }
 
 pub(crate) fn wait_for(what: &str, limit: Duration, mut ready: impl FnMut() -> bool) {
