@@ -19,7 +19,12 @@ fn the_last_seat_goes_to_one_of_many() {
     let server = Server::start(&[]);
     let at = server.address.as_str();
     let early = tenure(at, &["reserve", "seats", "1"]);
-    assert!(early.code == 19 && early.err.contains("hint: `tenure reserve pool create"), "{} {}", early.code, early.err);
+    assert!(
+        early.code == 19 && early.err.contains("hint: `tenure reserve pool create"),
+        "{} {}",
+        early.code,
+        early.err
+    );
     ok(at, &["reserve", "pool", "create", "seats", "1"]);
     let buyers: Vec<_> = (0..12)
         .map(|n| {
