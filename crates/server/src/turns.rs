@@ -8,7 +8,7 @@
 //! while only, and are called back at the first that was slow or not lone.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -86,6 +86,22 @@ impl<C: Core> Shared<C> {
         self.called.store(true, Ordering::Release);
         self.wake();
     }
+
+    fn has_events(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0
+    }
+
+    /// Until something has come, somebody calls, or the time is over.
+    fn sleep(&self, most: Duration) {
+        let until = Instant::now() + most;
+        while !self.has_events() && !self.called.swap(false, Ordering::AcqRel) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::park_timeout(left);
+        }
+    }
 }
 
 /// Where events are put. Cheap to clone.
@@ -150,7 +166,7 @@ impl<C: Core> Events<C> {
         let Ok(mut desk) = self.shared.desk.try_lock() else { return false };
         let Some(desk) = desk.as_mut() else { return false };
         let _call = CallIfPanicking(&self.shared);
-        desk.lent_turn();
+        desk.lent_turn(&self.shared);
         true
     }
 }
@@ -181,17 +197,9 @@ impl<C: Core> Drop for Queue<C> {
 impl<C: Core> Queue<C> {
     /// What is here already.
     pub(crate) fn ready(&self) -> impl Iterator<Item = C::Event> {
-        std::iter::from_fn(|| match self.receiver.try_recv() {
-            Ok(event) => {
-                self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
-                Some(event)
-            }
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+        self.receiver.try_iter().inspect(|_| {
+            self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         })
-    }
-
-    fn is_empty(&self) -> bool {
-        self.shared.waiting.load(Ordering::Acquire) == 0
     }
 
     /// Runs `core` on this thread, and on those of lone callers, until a turn says that it was the last. Core and queue come back.
@@ -213,7 +221,7 @@ impl<C: Core> Queue<C> {
                     panic!("a turn has panicked")
                 });
                 let desk = place.as_mut().expect("only this thread takes the desk away");
-                desk.own_turn();
+                desk.own_turn(&shared);
                 match desk.next {
                     Next::Within(sleep) => sleep,
                     Next::End => {
@@ -223,20 +231,6 @@ impl<C: Core> Queue<C> {
                 }
             };
             shared.sleep(sleep);
-        }
-    }
-}
-
-impl<C: Core> Shared<C> {
-    /// Until something has come, somebody calls, or the time is over.
-    fn sleep(&self, most: Duration) {
-        let until = Instant::now() + most;
-        while self.waiting.load(Ordering::Acquire) == 0 && !self.called.swap(false, Ordering::AcqRel) {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            std::thread::park_timeout(left);
         }
     }
 }
@@ -259,7 +253,7 @@ impl<C: Core> Desk<C> {
         turn
     }
 
-    fn own_turn(&mut self) {
+    fn own_turn(&mut self, shared: &Shared<C>) {
         if self.next == Next::End {
             return;
         }
@@ -267,15 +261,14 @@ impl<C: Core> Desk<C> {
         if turn.requests > 0 {
             self.singles = if turn.requests == 1 { self.singles.saturating_add(1) } else { 0 };
             let lent = if turn.lends && self.singles >= LONE_AFTER { LENT_MAX } else { 0 };
-            self.queue.shared.lent.store(lent, Ordering::Relaxed);
+            shared.lent.store(lent, Ordering::Relaxed);
         }
         if let Next::Within(sleep) = turn.next {
             self.due = Instant::now() + sleep;
         }
     }
 
-    fn lent_turn(&mut self) {
-        let shared = self.queue.shared.clone();
+    fn lent_turn(&mut self, shared: &Shared<C>) {
         if self.next == Next::End {
             return shared.call();
         }
@@ -291,7 +284,7 @@ impl<C: Core> Desk<C> {
             shared.lent.fetch_sub(1, Ordering::Relaxed);
         }
         match turn.next {
-            Next::Within(sleep) if ended + sleep >= self.due && self.queue.is_empty() => {}
+            Next::Within(sleep) if ended + sleep >= self.due && !shared.has_events() => {}
             _ => shared.call(),
         }
     }
