@@ -116,6 +116,15 @@ impl Failure {
         self.hint = Some(hint.into());
         self
     }
+
+    /// What is known better here; else it keeps the hint that it has.
+    #[must_use]
+    pub(crate) fn hint_if(self, hint: Option<&str>) -> Self {
+        match hint {
+            Some(hint) => self.hint(hint),
+            None => self,
+        }
+    }
 }
 
 impl fmt::Display for Failure {

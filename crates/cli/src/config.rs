@@ -416,11 +416,7 @@ fn failure(error: tenure_client::Error) -> Failure {
         Some(Code::Conflict) => Some("`tenure config get KEY -o json` shows what is current, and the candidate"),
         _ => None,
     };
-    let failure = Failure::from(error);
-    match hint {
-        Some(hint) => failure.hint(hint),
-        None => failure,
-    }
+    Failure::from(error).hint_if(hint)
 }
 
 fn missing(key: &str, version: u64) -> Failure {

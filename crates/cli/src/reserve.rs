@@ -215,11 +215,7 @@ fn refused(error: Error) -> Failure {
         Some(Code::NotFound) => Some("`tenure reserve pool create POOL UNITS` makes one"),
         _ => None,
     };
-    let failure = Failure::from(error);
-    match hint {
-        Some(hint) => failure.hint(hint),
-        None => failure,
-    }
+    Failure::from(error).hint_if(hint)
 }
 
 /// Runs the command and settles the hold by how it ended.

@@ -255,11 +255,7 @@ fn start_failure(error: StartError) -> Failure {
         StartError::Folder(_) | StartError::Member(_) => Some("--data-dir DIR chooses another folder"),
         _ => None,
     };
-    let failure = Failure::new(exit_of(&error), error.to_string());
-    match hint {
-        Some(hint) => failure.hint(hint),
-        None => failure,
-    }
+    Failure::new(exit_of(&error), error.to_string()).hint_if(hint)
 }
 
 fn exit_of(error: &StartError) -> u8 {

@@ -254,11 +254,7 @@ fn failure(error: tenure_client::Error) -> Failure {
         }
         _ => None,
     };
-    let failure = Failure::from(error);
-    match hint {
-        Some(hint) => failure.hint(hint),
-        None => failure,
-    }
+    Failure::from(error).hint_if(hint)
 }
 
 fn no_check() -> Failure {
