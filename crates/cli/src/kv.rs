@@ -165,7 +165,7 @@ async fn get(client: &Client, args: GetArgs) -> Result<ExitCode> {
     match args.output.output {
         Output::Json if args.stale => {
             let mut told = range_json(&found);
-            told["stale_ms"] = json!(found.age.as_millis().to_string());
+            told["stale_ms"] = json!(found.age.map(|age| age.as_millis().to_string()));
             println!("{told}");
         }
         Output::Json => println!("{}", range_json(&found)),
@@ -174,7 +174,8 @@ async fn get(client: &Client, args: GetArgs) -> Result<ExitCode> {
     }
     if args.stale && args.output.output == Output::Table {
         // Beside the answer, which may be read by a program.
-        eprintln!("revision {}, at most {} ms old", found.revision, found.age.as_millis());
+        let age = found.age.map_or("of unknown age".to_owned(), |age| format!("at most {} ms old", age.as_millis()));
+        eprintln!("revision {}, {age}", found.revision);
     }
     if one && found.count == 0 {
         return Err(Failure::new(exit::NOT_FOUND, format!("there is no key `{}`", args.key)).into());

@@ -433,15 +433,16 @@ pub struct RangeReply {
     pub count: u64,
     /// Where the next page begins; empty when there is no more.
     pub next: Bytes,
-    /// Of a read that may be [`stale`](Range::stale): how old it is at most, the way of the answer apart. Zero otherwise.
-    pub age: Duration,
+    /// Of a read that may be [`stale`](Range::stale): how old it is at most, the way of the answer apart; `None` if nobody knows,
+    /// because the member was in touch with no other since it started. Zero of other reads.
+    pub age: Option<Duration>,
 }
 
 impl From<v1::RangeReply> for RangeReply {
     fn from(reply: v1::RangeReply) -> Self {
         let age_ms = reply.header.as_ref().map_or(0, |header| header.stale_ms);
         Self {
-            age: Duration::from_millis(age_ms),
+            age: Some(age_ms).filter(|ms| *ms != u64::MAX).map(Duration::from_millis),
             revision: revision(reply.header).0,
             records: reply.records.into_iter().map(Record::from).collect(),
             count: reply.count,

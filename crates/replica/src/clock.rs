@@ -54,6 +54,11 @@ impl Clock {
         if passed > self.gap_max_ms { self.elapsed } else { self.elapsed + passed }
     }
 
+    /// What the driver's clock showed last.
+    pub(crate) fn last(&self) -> Millis {
+        self.last
+    }
+
     /// When the driver's clock will show this moment, if nothing stops it.
     pub(crate) fn moment(&self, elapsed: u64) -> Millis {
         self.last.plus(elapsed.saturating_sub(self.elapsed))

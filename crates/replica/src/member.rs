@@ -110,6 +110,8 @@ pub struct Member<D: Disk> {
     // Others: `forward.rs`, `group.rs`, `snapshots.rs`.
     links: BTreeMap<MemberId, Link>,
     leader_heard_at: u64,
+    /// When this member was in contact with the group last, as the driver's clock showed, and in counted time; see `contact_at`.
+    contact: Option<(Millis, u64)>,
     /// When the leader said last that it cannot answer.
     turned_down_at: Option<u64>,
     /// Since when nobody leads, as far as this member knows.
@@ -330,6 +332,7 @@ impl<D: Disk> Member<D> {
             outbox: Vec::new(),
             links: BTreeMap::new(),
             leader_heard_at: 0,
+            contact: None,
             turned_down_at: None,
             leaderless_since: Some(0),
             followed: (0, 0),
@@ -617,6 +620,7 @@ impl<D: Disk> Member<D> {
         self.begin_round();
         self.settle(out, send)?;
         self.answer_confirmed(out);
+        self.note_contact();
         self.look_at_disk();
         if !self.stopping {
             self.due_sessions();
@@ -836,7 +840,10 @@ impl<D: Disk> Member<D> {
             // As etcd counts: every member counts each leader that it has not followed just before.
             self.leader_changes += u64::from(leader != raft::INVALID_ID && leader != self.followed.0);
             self.followed = (leader, term);
-            self.leader_heard_at = self.clock.elapsed();
+            // A leader that is lost was not heard.
+            if leader != raft::INVALID_ID {
+                self.leader_heard_at = self.clock.elapsed();
+            }
             self.turned_down_at = None;
             self.ask_again();
             self.register_at = self.register_at.min(self.clock.elapsed());
@@ -1421,13 +1428,22 @@ impl<D: Disk> Member<D> {
         alarms
     }
 
-    /// How old what a stale read finds may be: since when nothing was heard of a leader, or of a majority by one that leads.
-    pub fn stale_ms(&self) -> u64 {
-        if self.alone() {
-            return 0;
+    /// How old what a stale read finds may be: when a leader was heard of last, or a majority by one that leads. None if that
+    /// never was since this member was opened. A sole voter is always in contact: the end of time.
+    pub fn contact_at(&self) -> Option<Millis> {
+        if self.alone() { Some(Millis(u64::MAX)) } else { self.contact.map(|(moment, _)| moment) }
+    }
+
+    /// Keeps the moment itself, not its distance in counted time: that leaves out how long the process stood still.
+    fn note_contact(&mut self) {
+        let is_led = self.raft.raft.leader_id != raft::INVALID_ID;
+        let heard =
+            if self.lead.is_some() { self.majority_heard_at() } else { Some(self.leader_heard_at).filter(|_| is_led) };
+        let Some(at) = heard else { return };
+        if self.contact.is_none_or(|(_, before)| at > before) {
+            let ago = self.clock.elapsed().saturating_sub(at);
+            self.contact = Some((Millis(self.clock.last().0.saturating_sub(ago)), at));
         }
-        let heard = if self.lead.is_some() { self.majority_heard_at() } else { Some(self.leader_heard_at) };
-        self.clock.elapsed().saturating_sub(heard.unwrap_or_default())
     }
 
     pub fn status(&self) -> Status {

@@ -915,13 +915,12 @@ impl Loop {
     /// What headers say. The term of a member that serves is that of its newest entry.
     fn learn_identity(&mut self) {
         let machine = self.member.machine();
-        let stale_ms = self.member.stale_ms();
         self.identity.advance(
             machine.cluster(),
             machine.behaviour(),
             machine.position().term.0,
             machine.stamp(),
-            stale_ms,
+            self.member.contact_at(),
         );
     }
 

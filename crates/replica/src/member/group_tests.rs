@@ -732,3 +732,41 @@ fn what_was_committed_when_an_entry_came_is_on_disk_with_it() {
     group.start(follower);
     assert_eq!(group.member(follower).status().committed, status.last_index + 1);
 }
+
+#[test]
+fn a_stale_read_is_never_older_than_it_says() {
+    for leads in [false, true] {
+        let mut group = Group::new(3);
+        let first = group.leader();
+        group.until("three are registered", |g| g.is_registered(3));
+        let alone = if leads { first } else { group.others(first)[0] };
+        group.pass(5_000);
+        let contact = |g: &mut Group| g.member(alone).contact_at().unwrap().0;
+        assert!(contact(&mut group) + 200 >= group.now, "in contact all the while");
+
+        let lost = group.now;
+        for other in group.others(alone) {
+            group.crash(other);
+        }
+        // It gives its leader up, or its own lead, and asks for votes: none of it is news of the others.
+        group.pass(3_000);
+        assert!(contact(&mut group) <= lost, "{} of {lost}, leads: {leads}", contact(&mut group));
+        assert!(contact(&mut group) + 200 >= lost, "nor is it much older");
+
+        // A process that stood still was in contact with nobody meanwhile, though that time counts for nothing else.
+        group.now += 60_000;
+        group.pass(100);
+        assert!(contact(&mut group) <= lost);
+
+        // After a start nothing is known, until another is heard.
+        group.crash(alone);
+        group.start(alone);
+        group.pass(2_000);
+        assert_eq!(group.member(alone).contact_at(), None);
+        let other = group.others(alone)[0];
+        group.start(other);
+        group.leader();
+        group.pass(500);
+        assert!(contact(&mut group) + 200 >= group.now);
+    }
+}

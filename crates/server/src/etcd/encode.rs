@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tenure_machine::{Change, LogTime, OpReply, RangeReply, Record, Revision, TxnReply};
+use tenure_replica::Millis;
 
 /// What every header says besides its revision. Written by the driver, read by whoever answers.
 #[derive(Debug, Default)]
@@ -17,8 +18,8 @@ pub struct Identity {
     term: AtomicU64,
     /// The newest log time, from which ages are told.
     stamp: AtomicU64,
-    /// How old what a stale read finds may be.
-    stale_ms: AtomicU64,
+    /// When the member was in contact with its group last; zero if it never was.
+    contact_at: AtomicU64,
     /// The behaviour version of the cluster.
     behaviour: AtomicU32,
 }
@@ -28,16 +29,20 @@ impl Identity {
         Self { member: AtomicU64::new(member), ..Self::default() }
     }
 
-    pub(crate) fn advance(&self, cluster: u64, behaviour: u16, term: u64, stamp: LogTime, stale_ms: u64) {
+    pub(crate) fn advance(&self, cluster: u64, behaviour: u16, term: u64, stamp: LogTime, contact_at: Option<Millis>) {
         self.behaviour.store(u32::from(behaviour), Ordering::Relaxed);
-        self.stale_ms.store(stale_ms, Ordering::Relaxed);
+        self.contact_at.store(contact_at.map_or(0, |at| at.0), Ordering::Relaxed);
         self.cluster.store(cluster, Ordering::Relaxed);
         self.term.store(term, Ordering::Relaxed);
         self.stamp.store(stamp.0, Ordering::Relaxed);
     }
 
+    /// How old what a stale read finds may be, counted now: the driver may be between two rounds, or may have stood still.
     pub(crate) fn stale_ms(&self) -> u64 {
-        self.stale_ms.load(Ordering::Relaxed)
+        match self.contact_at.load(Ordering::Relaxed) {
+            0 => u64::MAX,
+            at => crate::driver::now().0.saturating_sub(at),
+        }
     }
 
     pub(crate) fn behaviour(&self) -> u32 {
@@ -325,7 +330,7 @@ mod tests {
 
     fn identity() -> Identity {
         let identity = Identity::new(7);
-        identity.advance(u64::MAX, 3, 3, LogTime(0), 0);
+        identity.advance(u64::MAX, 3, 3, LogTime(0), None);
         identity
     }
 

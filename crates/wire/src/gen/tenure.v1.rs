@@ -71,7 +71,7 @@ pub struct Header {
     #[prost(bool, tag = "5")]
     pub replayed: bool,
     /// In the answer to a `stale` read: how many milliseconds ago the member was last in touch with a leader, or a leader with a majority. What was
-    /// committed since then may be missing.
+    /// committed since then may be missing. The largest number there is if the member was in touch with nobody since it started.
     #[prost(uint64, tag = "6")]
     pub stale_ms: u64,
     /// On a pipeline: the behaviour version of the cluster, which all of its members know. From 3 on they know `SeriesSeq`.
