@@ -290,13 +290,10 @@ fn a_stale_read_tells_its_age() {
         said.err.strip_prefix(&format!("revision {revision}, at most ")).unwrap_or_else(|| panic!("{}", said.err));
     let shown: u64 = shown.strip_suffix(" ms old\n").unwrap().parse().unwrap();
     assert!(shown >= second, "{shown}, {second}");
-    // One that starts alone cannot know how old its state is.
+    // One that starts alone cannot know how old its state is, nor perhaps that its newest entry was committed.
     alone.server.kill();
     alone.begin_again(&[]);
-    wait_for("a stale answer", LIMIT, || tenure(alone.address(), &["kv", "get", "k", "--stale"]).code == 0);
-    let said = tenure(alone.address(), &["kv", "get", "k", "--stale"]);
-    assert_eq!(
-        (said.out.as_str(), said.err.as_str()),
-        ("1\n", format!("revision {revision}, of unknown age\n").as_str())
-    );
+    wait_for("a stale answer", LIMIT, || {
+        tenure(alone.address(), &["kv", "get", "k", "--stale"]).err.contains(", of unknown age\n")
+    });
 }
