@@ -21,6 +21,15 @@ pub struct Effects {
     pub wake_at: Option<Millis>,
 }
 
+/// That a round was begun by `Member::hear`: `Member::work` goes on with it.
+#[derive(Debug)]
+#[must_use]
+pub struct Heard {
+    pub(crate) at: Millis,
+    /// Ticks of consensus that were due.
+    pub(crate) ticks: u64,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answer {
     /// Committed, on disk and applied, or refused by apply.

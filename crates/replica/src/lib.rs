@@ -31,7 +31,7 @@ pub use backup::{Backup, BackupError, Restore, revision_at};
 pub use clock::Millis;
 pub use config::{AutoCompact, Config, Join, Sabotage};
 pub use disk::{Disk, MemoryDisk};
-pub use effects::{Alarm, Answer, Effects, PeerStatus, Refusal, Renewal, Role, Status};
+pub use effects::{Alarm, Answer, Effects, Heard, PeerStatus, Refusal, Renewal, Role, Status};
 pub use fault::{Fault, OpenError};
 pub use identity::owner_of;
 pub use job::{Job, JobDone, Loaded, run_job};

@@ -16,7 +16,7 @@ use crate::clock::{Clock, Millis};
 use crate::config::Config;
 use crate::config::Sabotage;
 use crate::disk::Disk;
-use crate::effects::{Alarm, Answer, Effects, Refusal, Renewal, Role, Status};
+use crate::effects::{Alarm, Answer, Effects, Heard, Refusal, Renewal, Role, Status};
 use crate::fault::{Fault, OpenError};
 use crate::identity::{self, Identity};
 use crate::job::{Job, JobDone};
@@ -581,28 +581,52 @@ impl<D: Disk> Member<D> {
 
     // One round.
 
-    /// Does all that can be done now; messages leave by `send` as soon as they may. After an error the member is over and the process
-    /// should stop.
+    /// Does all that can be done now: `hear`, then `work`.
     pub fn poll(
         &mut self,
         now: Millis,
         out: &mut Effects,
         send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
     ) -> Result<(), Fault> {
-        if self.faulty {
-            return Err(Fault::Stopped);
-        }
-        let result = self.round(now, out, send);
-        self.faulty = result.is_err();
-        result
+        let heard = self.hear(now, out, send)?;
+        self.work(heard, out, send)
     }
 
-    fn round(
+    /// The first half of a round: what came is taken in, and what needs no new entry is answered: reads and renewals do not wait
+    /// until the changes that came with them are on disk. Messages leave by `send` as soon as they may. After an error the
+    /// member is over and the process should stop.
+    pub fn hear(
         &mut self,
         now: Millis,
         out: &mut Effects,
         send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
+    ) -> Result<Heard, Fault> {
+        if self.faulty {
+            return Err(Fault::Stopped);
+        }
+        let result = self.hear_round(now, out, send);
+        self.faulty = result.is_err();
+        result
+    }
+
+    /// The second half: what came is proposed, written, and applied.
+    pub fn work(
+        &mut self,
+        heard: Heard,
+        out: &mut Effects,
+        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
     ) -> Result<(), Fault> {
+        let result = self.work_round(heard, out, send);
+        self.faulty = result.is_err();
+        result
+    }
+
+    fn hear_round(
+        &mut self,
+        now: Millis,
+        out: &mut Effects,
+        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
+    ) -> Result<Heard, Fault> {
         if let Some(why) = self.expelled.clone() {
             self.note_turned_away();
             return Err(Fault::Expelled { why });
@@ -619,8 +643,18 @@ impl<D: Disk> Member<D> {
         self.settle(out, send)?;
         self.begin_round();
         self.settle(out, send)?;
-        self.answer_confirmed(out);
         self.note_contact();
+        self.answer_confirmed(out);
+        self.mail(send);
+        Ok(Heard { at: now, ticks })
+    }
+
+    fn work_round(
+        &mut self,
+        heard: Heard,
+        out: &mut Effects,
+        send: &mut dyn FnMut(MemberId, Lane, Vec<u8>),
+    ) -> Result<(), Fault> {
         self.look_at_disk();
         if !self.stopping {
             self.due_sessions();
@@ -632,7 +666,7 @@ impl<D: Disk> Member<D> {
         self.propose()?;
         self.settle(out, send)?;
         self.answer_confirmed(out);
-        if ticks > 0 {
+        if heard.ticks > 0 {
             self.give_up_late();
             self.ask_late_reads();
             self.leave_full_disk();
@@ -647,7 +681,7 @@ impl<D: Disk> Member<D> {
         // Now that much may be written: the next callers are judged by it.
         self.look_at_disk();
         self.pause_asking = false;
-        out.wake_at = Some(if more { now } else { self.wake_at() });
+        out.wake_at = Some(if more { heard.at } else { self.wake_at() });
         Ok(())
     }
 

@@ -713,16 +713,6 @@ impl Core for Loop {
     }
 }
 
-/// Messages leave while the member works: those of a leader before its own sync.
-fn poll(
-    member: &mut Member<FsDisk>,
-    door: &PeerDoor,
-    time: Millis,
-    effects: &mut Effects,
-) -> Result<(), tenure_replica::Fault> {
-    member.poll(time, effects, &mut |to, lane, bytes| door.send(to, lane, bytes))
-}
-
 impl Loop {
     fn new(
         member: Member<FsDisk>,
@@ -788,15 +778,17 @@ impl Loop {
         self.barrier();
         let time = now();
         let mut effects = std::mem::take(&mut self.effects);
-        poll(&mut self.member, &self.door, time, &mut effects).map_err(|fault| fault.to_string())?;
-        self.learn_identity();
+        // Messages leave while the member works: those of a leader before its own sync.
+        let Self { member, door, .. } = self;
+        let heard = member.hear(time, &mut effects, &mut |to, lane, bytes| door.send(to, lane, bytes));
+        let heard = heard.map_err(|fault| fault.to_string())?;
+        self.tell(&mut effects);
+        let Self { member, door, .. } = self;
+        let done = member.work(heard, &mut effects, &mut |to, lane, bytes| door.send(to, lane, bytes));
+        done.map_err(|fault| fault.to_string())?;
+        self.tell(&mut effects);
         self.tell_door();
         self.log_leader();
-        // D1: watchers first.
-        self.publish(&mut effects);
-        for (ticket, answer) in effects.answers.drain(..) {
-            self.answer(ticket, answer);
-        }
         for job in effects.jobs.drain(..) {
             // The worker ends only after this thread.
             let _ = self.jobs.send(job);
@@ -812,6 +804,15 @@ impl Loop {
         }
         let until = wake_at.map_or(IDLE_MS, |at| at.0.saturating_sub(now().0)).min(IDLE_MS);
         Ok(Duration::from_millis(until))
+    }
+
+    fn tell(&mut self, effects: &mut Effects) {
+        self.learn_identity();
+        // D1: watchers first.
+        self.publish(effects);
+        for (ticket, answer) in effects.answers.drain(..) {
+            self.answer(ticket, answer);
+        }
     }
 
     fn publish(&mut self, effects: &mut Effects) {

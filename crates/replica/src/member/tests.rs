@@ -203,6 +203,21 @@ fn reads_need_no_sync_and_wait_for_nothing() {
     assert!(rig.member.reads_now());
 }
 
+#[test]
+fn reads_and_renewals_do_not_wait_for_the_changes_that_come_with_them() {
+    let mut rig = Rig::new(config(1));
+    rig.ok(Txn::of(Op::SessionCreate(session(5, 10_000))));
+    let synced = rig.disk.counts();
+    let change = rig.member.submit(put("k", b"v")).unwrap();
+    let (renewal, read) = (rig.member.renew(SessionId(5), 0), rig.member.read().unwrap());
+    let heard = rig.member.hear(Millis(rig.now), &mut rig.out, &mut nobody).unwrap();
+    let answers = std::mem::take(&mut rig.out.answers);
+    assert!(answers.contains(&(read, Answer::ReadReady)) && renewed(&answers, renewal) == Some(true), "{answers:?}");
+    assert_eq!(rig.disk.counts(), synced, "nothing is written yet");
+    rig.member.work(heard, &mut rig.out, &mut nobody).unwrap();
+    assert!(matches!(&rig.out.answers[..], [(a, Answer::Done(_))] if *a == change));
+}
+
 // Damage and torn writes.
 
 /// A log whose last batch has several records, and where that batch begins.

@@ -600,9 +600,14 @@ impl World {
         }
         let at = n.clock.at(self.now);
         let Some(member) = &mut n.member else { return Ok(()) };
-        let mut out = Effects::default();
-        let mut sent: Vec<Sent> = Vec::new();
-        let result = member.poll(at, &mut out, &mut |to, lane, bytes| sent.push((to, lane, bytes)));
+        let (mut out, mut sent) = (Effects::default(), Vec::<Sent>::new());
+        let heard = member.hear(at, &mut out, &mut |to, lane, bytes| sent.push((to, lane, bytes)));
+        let (heard, result) = heard.map_or_else(|fault| (None, Err(fault)), |heard| (Some(heard), Ok(())));
+        // What is known by now is told before the member works, as the shell does.
+        self.carry_out(node, out, sent, result)?;
+        let (Some(heard), Some(member)) = (heard, &mut self.nodes[node].member) else { return Ok(()) };
+        let (mut out, mut sent) = (Effects::default(), Vec::<Sent>::new());
+        let result = member.work(heard, &mut out, &mut |to, lane, bytes| sent.push((to, lane, bytes)));
         self.carry_out(node, out, sent, result)
     }
 
