@@ -10,6 +10,17 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tenure_machine::{Change, LogTime, OpReply, RangeReply, Record, Revision, TxnReply};
 use tenure_replica::Millis;
 
+/// When the member was in contact with its group last; zero if it never was.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Contact(u64);
+
+impl Contact {
+    /// How old what a stale read finds may be, counted now: the driver may be between two rounds, or may have stood still.
+    pub(crate) fn age_ms(self) -> u64 {
+        if self.0 == 0 { u64::MAX } else { crate::driver::now().0.saturating_sub(self.0) }
+    }
+}
+
 /// What every header says besides its revision. Written by the driver, read by whoever answers.
 #[derive(Debug, Default)]
 pub struct Identity {
@@ -18,7 +29,7 @@ pub struct Identity {
     term: AtomicU64,
     /// The newest log time, from which ages are told.
     stamp: AtomicU64,
-    /// When the member was in contact with its group last; zero if it never was.
+    /// See `Contact`.
     contact_at: AtomicU64,
     /// The behaviour version of the cluster.
     behaviour: AtomicU32,
@@ -37,12 +48,9 @@ impl Identity {
         self.stamp.store(stamp.0, Ordering::Relaxed);
     }
 
-    /// How old what a stale read finds may be, counted now: the driver may be between two rounds, or may have stood still.
-    pub(crate) fn stale_ms(&self) -> u64 {
-        match self.contact_at.load(Ordering::Relaxed) {
-            0 => u64::MAX,
-            at => crate::driver::now().0.saturating_sub(at),
-        }
+    /// To be asked before the state is read whose age it tells.
+    pub(crate) fn contact(&self) -> Contact {
+        Contact(self.contact_at.load(Ordering::Relaxed))
     }
 
     pub(crate) fn behaviour(&self) -> u32 {

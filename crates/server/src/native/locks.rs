@@ -17,8 +17,8 @@ use tenure_wire::tenure::v1::reply::Result as Answer;
 
 use super::sessions::{self, described, granted_ttl, id_for, metadata, native_unary, page_limit, query};
 use super::{
-    Caller, Changed, Finish, Outcome, Plan, PlanFn, Refused, change, decoded, full_header, namespace, planned, refusal,
-    refuse, request_id, session_id, text,
+    Caller, Changed, Finish, Outcome, Plan, PlanFn, Refused, change, decoded, namespace, planned, refusal, refuse,
+    request_id, seen, session_id, text,
 };
 use crate::Context;
 use crate::driver::View;
@@ -545,10 +545,10 @@ async fn get(context: Context, request: v1::LockGetRequest) -> Result<v1::LockGe
         let events: Vec<_> = events[newest..].iter().map(|event| shown_event(view, event)).collect();
         let lock = view.machine.lock(namespace, name.as_bytes()).map(|info| shown(view, &info, max));
         let free = || v1::Lock { name, ..Default::default() };
-        (v1::Lock { events, ..lock.unwrap_or_else(free) }, view.machine.revision())
+        (v1::Lock { events, ..lock.unwrap_or_else(free) }, seen(view, request.stale))
     };
-    let (lock, revision) = query(&context, request.stale, look).await?;
-    Ok(v1::LockGetReply { header: full_header(&context, revision, request.stale), lock: Some(lock) })
+    let (lock, header) = query(&context, request.stale, look).await?;
+    Ok(v1::LockGetReply { header, lock: Some(lock) })
 }
 
 async fn list(context: Context, request: v1::LockListRequest) -> Result<v1::LockListReply, Refused> {
@@ -558,11 +558,11 @@ async fn list(context: Context, request: v1::LockListRequest) -> Result<v1::Lock
         let after = Some(request.after.as_bytes()).filter(|after| !after.is_empty());
         let page = view.machine.locks(namespace, request.prefix.as_bytes(), after, max);
         let locks: Vec<v1::Lock> = page.iter().map(|info| shown(view, info, 0)).collect();
-        (locks, view.machine.revision())
+        (locks, seen(view, request.stale))
     };
-    let (locks, revision) = query(&context, request.stale, look).await?;
+    let (locks, header) = query(&context, request.stale, look).await?;
     let next = locks.last().filter(|_| locks.len() == max).map_or_else(String::new, |last| last.name.clone());
-    Ok(v1::LockListReply { header: full_header(&context, revision, request.stale), locks, next })
+    Ok(v1::LockListReply { header, locks, next })
 }
 
 fn wire_mode(mode: HoldMode) -> i32 {

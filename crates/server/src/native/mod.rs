@@ -39,6 +39,7 @@ use tenure_wire::tenure::v1::reply::Result as Answer;
 
 use crate::Context;
 use crate::driver::{ReadReply, RenewReplies, SessionRef, View, WriteReply};
+use crate::etcd::encode::Contact;
 use crate::rpc::{Call, Face, Router, Status};
 use crate::status as words;
 use crate::status::Kind;
@@ -242,6 +243,7 @@ pub(crate) fn refusal(error: Refused) -> Status {
 
 /// Runs a plan for a caller that waits for this one answer.
 pub(crate) async fn run(context: &Context, plan: Plan) -> Result<Bytes, Status> {
+    let contact = context.identity.contact();
     let is_stale = matches!(plan, Plan::Read(_, true, _));
     let (outcome, finish) = match plan {
         Plan::Write(txn, finish) => (Outcome::Write(context.write_held(txn).await), finish),
@@ -256,7 +258,7 @@ pub(crate) async fn run(context: &Context, plan: Plan) -> Result<Bytes, Status> 
     if let Answer::Unary(bytes) = answer {
         return Ok(bytes);
     }
-    fill_header(context, &mut answer, is_stale);
+    fill_header(context, &mut answer, is_stale.then_some(contact));
     Ok(encode_answer(&answer))
 }
 
@@ -418,12 +420,9 @@ pub(crate) fn identify(context: &Context, header: &mut v1::Header) {
 }
 
 /// The whole header of an answer outside of any plan.
-pub(crate) fn full_header(context: &Context, revision: Revision, is_stale: bool) -> Option<v1::Header> {
+pub(crate) fn full_header(context: &Context, revision: Revision) -> Option<v1::Header> {
     let mut header = header(revision, false);
     identify(context, &mut header);
-    if is_stale {
-        header.stale_ms = context.identity.stale_ms();
-    }
     Some(header)
 }
 
@@ -435,12 +434,12 @@ pub(crate) fn seen(view: &View<'_>, is_stale: bool) -> Option<v1::Header> {
         member_id: view.identity.member(),
         raft_term: view.identity.term(),
         replayed: false,
-        stale_ms: if is_stale { view.identity.stale_ms() } else { 0 },
+        stale_ms: if is_stale { view.identity.contact().age_ms() } else { 0 },
         ..v1::Header::default()
     })
 }
 
-fn fill_header(context: &Context, answer: &mut Answer, is_stale: bool) {
+fn fill_header(context: &Context, answer: &mut Answer, stale: Option<Contact>) {
     let header = match answer {
         Answer::Put(a) => &mut a.header,
         Answer::Get(a) => &mut a.header,
@@ -458,8 +457,8 @@ fn fill_header(context: &Context, answer: &mut Answer, is_stale: bool) {
     };
     let header = header.get_or_insert_default();
     identify(context, header);
-    if is_stale {
-        header.stale_ms = context.identity.stale_ms();
+    if let Some(contact) = stale {
+        header.stale_ms = contact.age_ms();
     }
 }
 

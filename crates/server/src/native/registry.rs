@@ -17,8 +17,7 @@ use tokio::time::Instant;
 
 use super::sessions::{native_unary, page_limit, query};
 use super::{
-    Caller, Refused, change, decoded, full_header, look, mixed_up, namespace, refusal, refuse, reply_of, seen,
-    session_id, txn_of,
+    Caller, Refused, change, decoded, look, mixed_up, namespace, refusal, refuse, reply_of, seen, session_id, txn_of,
 };
 use crate::Context;
 use crate::driver::{Failure, View};
@@ -303,7 +302,6 @@ impl Filter {
 
 /// A service as one query sees it.
 struct Seen {
-    at: Revision,
     index: Revision,
     info: Option<ServiceInfo>,
     instances: Vec<v1::ServiceInstance>,
@@ -314,11 +312,9 @@ impl Seen {
         let info = machine.service(filter.namespace, &filter.service);
         let all = machine.instances(filter.namespace, &filter.service, None, usize::MAX);
         let wanted = all.into_iter().filter(|(_, instance, kept)| filter.admits(instance, *kept));
-        let at = machine.revision();
         Self {
-            at,
             // Nothing is known of it, so nothing of it is newer than this.
-            index: info.as_ref().map_or(at, |info| info.index),
+            index: info.as_ref().map_or(machine.revision(), |info| info.index),
             info,
             instances: wanted.map(|(id, instance, kept)| shown(&id, instance, kept)).collect(),
         }
@@ -339,13 +335,14 @@ async fn get(context: Context, request: v1::ServiceGetRequest) -> Result<v1::Ser
         let _place = context.stream_place()?;
         wait(&context, &filter, Revision(request.after), deadline).await?;
     }
-    let seen = query(&context, request.stale, move |view| Seen::of(view.machine, &filter)).await?;
+    let look = move |view: &View<'_>| (Seen::of(view.machine, &filter), seen(view, request.stale));
+    let (found, header) = query(&context, request.stale, look).await?;
     Ok(v1::ServiceGetReply {
-        header: full_header(&context, seen.at, request.stale),
-        index: seen.index.0,
-        guarded: seen.info.as_ref().is_some_and(|info| info.guarded.is_some()),
-        guard_percent: seen.info.map_or(0, |info| info.guard_percent),
-        instances: seen.instances,
+        header,
+        index: found.index.0,
+        guarded: found.info.as_ref().is_some_and(|info| info.guarded.is_some()),
+        guard_percent: found.info.map_or(0, |info| info.guard_percent),
+        instances: found.instances,
     })
 }
 

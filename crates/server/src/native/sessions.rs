@@ -10,7 +10,7 @@ use tenure_wire::Spaced;
 use tenure_wire::tenure::v1;
 
 use super::{
-    Caller, Finish, Plan, Refused, decoded, full_header, namespace, planned, refusal, refuse, request_id, session_id,
+    Caller, Finish, Plan, Refused, decoded, namespace, planned, refusal, refuse, request_id, seen, session_id,
 };
 use crate::Context;
 use crate::driver::{RenewReplies, Renewed, View};
@@ -198,13 +198,11 @@ async fn get(context: Context, request: v1::SessionGetRequest) -> Result<v1::Ses
             }
             session
         });
-        (found, view.machine.revision())
+        (found, seen(view, request.stale))
     };
-    let (found, revision) = query(&context, request.stale, look).await?;
+    let (found, header) = query(&context, request.stale, look).await?;
     match found {
-        Some(session) => {
-            Ok(v1::SessionGetReply { header: full_header(&context, revision, request.stale), session: Some(session) })
-        }
+        Some(session) => Ok(v1::SessionGetReply { header, session: Some(session) }),
         None => Err(Box::new(words::not_found("there is no such session", &[("session", request.id.to_string())]))),
     }
 }
@@ -215,11 +213,11 @@ async fn list(context: Context, request: v1::SessionListRequest) -> Result<v1::S
     let look = move |view: &View<'_>| {
         let page = view.machine.sessions(after, max);
         let sessions: Vec<v1::Session> = page.iter().map(|info| shown(view, info)).collect();
-        (sessions, view.machine.revision())
+        (sessions, seen(view, request.stale))
     };
-    let (sessions, revision) = query(&context, request.stale, look).await?;
+    let (sessions, header) = query(&context, request.stale, look).await?;
     let next = sessions.last().filter(|_| sessions.len() == max).map_or(0, |last| last.id);
-    Ok(v1::SessionListReply { header: full_header(&context, revision, request.stale), sessions, next })
+    Ok(v1::SessionListReply { header, sessions, next })
 }
 
 pub(crate) fn page_limit(limit: u32) -> Result<usize, Refused> {

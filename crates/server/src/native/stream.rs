@@ -25,7 +25,7 @@ use super::{
 };
 use crate::Context;
 use crate::driver::{Failure, Handle, SessionRef};
-use crate::etcd::encode;
+use crate::etcd::encode::{self, Contact};
 use crate::rpc::{Call, Code, FRAME_HEAD, Incoming, Outgoing, Router, Status};
 use crate::status as words;
 
@@ -51,7 +51,7 @@ pub(crate) struct PipeItem {
     id: u64,
     finish: Finish,
     /// Of a read of this member alone: its answer tells how old it may be.
-    stale: bool,
+    stale: Option<Contact>,
     waits: bool,
 }
 
@@ -220,7 +220,7 @@ async fn stream(
                 Some(looked) = looks.join_next() => looked.map_err(|_| Status::from(words::STOPPED))?,
             };
             open.requests.fetch_sub(1, Ordering::Relaxed);
-            match planned.and_then(|plan| begin(&open, id, plan)) {
+            match planned.and_then(|plan| begin(&context, &open, id, plan)) {
                 Ok(request) => pipe.handle.pipe(pipe.id, vec![request]).await.map_err(stopping)?,
                 Err(error) => {
                     outgoing.send_framed(frame_replies(&context, vec![(id, error)])).await.map_err(|_| gone())?;
@@ -269,8 +269,8 @@ async fn answer(
             finish => finish.with(context, outcome),
         };
         let mut result = result.unwrap_or_else(|error| Answer::Error(*error));
-        if stale {
-            tell_age(context, &mut result);
+        if let Some(contact) = stale {
+            tell_age(contact, &mut result);
         }
         replies.push(id, result);
         if replies.bytes.len() >= REPLIES_BYTES {
@@ -281,13 +281,13 @@ async fn answer(
     outgoing.send_framed(replies.finish(context)).await.map_err(|_| gone())
 }
 
-fn tell_age(context: &Context, answer: &mut Answer) {
+fn tell_age(contact: Contact, answer: &mut Answer) {
     let header = match answer {
         Answer::Get(answer) => &mut answer.header,
         Answer::Range(answer) => &mut answer.header,
         _ => return,
     };
-    header.get_or_insert_default().stale_ms = context.identity.stale_ms();
+    header.get_or_insert_default().stale_ms = contact.age_ms();
 }
 
 fn frame_replies(context: &Context, refused: Vec<(u64, Refused)>) -> Bytes {
@@ -321,7 +321,7 @@ impl Replies {
     }
 
     fn finish(mut self, context: &Context) -> Bytes {
-        if let Some(mut header) = full_header(context, tenure_machine::Revision(0), false) {
+        if let Some(mut header) = full_header(context, tenure_machine::Revision(0)) {
             header.behaviour = context.identity.behaviour();
             encode::put_bytes(&mut self.bytes, 2, &header.encode_to_vec());
         }
@@ -354,7 +354,7 @@ impl Gathered {
             let id = request.id;
             match plan(context, plans, caller, request) {
                 Ok(Plan::Look(look)) => self.looks.push((id, look)),
-                Ok(plan) => match begin(open, id, plan) {
+                Ok(plan) => match begin(context, open, id, plan) {
                     Ok(request) => self.requests.push(request),
                     Err(error) => self.refused.push((id, error)),
                 },
@@ -365,7 +365,7 @@ impl Gathered {
     }
 }
 
-fn begin(open: &Open, id: u64, plan: Plan) -> Result<PipeRequest, Refused> {
+fn begin(context: &Context, open: &Open, id: u64, plan: Plan) -> Result<PipeRequest, Refused> {
     let waits = matches!(&plan, Plan::Write(txn, _) if txn.may_wait());
     if waits && open.waits.load(Ordering::Relaxed) >= WAITS_MAX {
         return Err(Box::new(words::native_failure(&Failure::Overloaded, words::Kind::Change)));
@@ -374,9 +374,12 @@ fn begin(open: &Open, id: u64, plan: Plan) -> Result<PipeRequest, Refused> {
     open.receivers.note(id, &plan);
     let item = |finish, stale| PipeItem { id, finish, stale, waits };
     Ok(match plan {
-        Plan::Write(txn, finish) => PipeRequest::Write { txn, item: item(finish, false) },
-        Plan::Read(read, stale, finish) => PipeRequest::Read { read, stale, item: item(finish, stale) },
-        Plan::Renew(sessions, finish) => PipeRequest::Renew { sessions, item: item(finish, false) },
+        Plan::Write(txn, finish) => PipeRequest::Write { txn, item: item(finish, None) },
+        Plan::Read(read, stale, finish) => {
+            let contact = stale.then(|| context.identity.contact());
+            PipeRequest::Read { read, stale, item: item(finish, contact) }
+        }
+        Plan::Renew(sessions, finish) => PipeRequest::Renew { sessions, item: item(finish, None) },
         // A plan that was looked for is one to be carried out.
         Plan::Look(_) => return Err(super::mixed_up()),
     })

@@ -431,11 +431,7 @@ async fn poll(context: Context, request: v1::WatchPollRequest) -> Result<v1::Wat
     let _place = context.stream_place()?;
     let refused = |status: Status| status.problem.unwrap_or_else(|| refuse("watch", status.message));
     let (events, after) = polled(&context, &wanted).await.map_err(refused)?;
-    Ok(v1::WatchPollReply {
-        header: full_header(&context, Revision(after.revision), false),
-        events,
-        resume: after.text(),
-    })
+    Ok(v1::WatchPollReply { header: full_header(&context, Revision(after.revision)), events, resume: after.text() })
 }
 
 async fn polled(context: &Context, wanted: &Wanted) -> Result<(Vec<v1::WatchReply>, Place), Status> {
