@@ -448,7 +448,7 @@ impl Machine {
             }
             RequestId::Session { session, seq, acked_below } => {
                 if self.sessions.get(*session).is_none() {
-                    return Seen::Refused(Rejection::SessionExpired { session: *session });
+                    return Seen::Refused(crate::requests::forgotten_with(*session));
                 }
                 let max = self.limit(Limit::SessionRequests);
                 self.requests.see_numbered(*session, *seq, *acked_below, digest, max)

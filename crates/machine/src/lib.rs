@@ -106,6 +106,7 @@ pub use registry::{
     RegistryReply, Service, ServiceGuard, ServiceInfo,
 };
 pub use reply::*;
+pub use requests::forgotten_with;
 pub use reservations::{
     CAPACITY_MAX, HOLD_MS_MAX, HOLD_MS_MIN, HOLD_OWNER_BYTES_MAX, Held, Hold, HoldAfter, HoldRef, HoldState,
     POOL_NAME_BYTES_MAX, Pool, PoolAmount, PoolCreate, PoolWaiter, ReservationOp, ReservationReply, Reserve,

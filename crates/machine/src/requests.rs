@@ -12,11 +12,16 @@
 
 use crate::codec::{DecodeError, Reader, Write, name};
 use crate::command::RequestId;
+use crate::native::{Refusal, RefusalCode};
 use crate::reply::{OpReply, Rejection, Reply, TxnReply};
 use crate::snapmap::SnapMap;
 use crate::types::*;
 use crate::waits::WaiterNumber;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// The fact of a refusal that leaves open what became of the request.
+const ANSWER: &str = "answer";
+const FORGOTTEN: &str = "forgotten";
 
 /// How long the answer to a one-shot request is kept, in log time. Clients stop retrying at half of it.
 pub(crate) const KEPT_MS: u64 = 10 * 60 * 1000;
@@ -320,7 +325,7 @@ impl Requests {
         if seq < acked {
             // Its answer was received, so this is a straggler of the network. To run it would be to run it twice.
             let why = format!("request {seq} of session {session} was acknowledged, its answer is forgotten");
-            return Seen::Refused(Rejection::Invalid { why: why.into() });
+            return Seen::Refused(forgotten(RefusalCode::Invalid, why).into());
         }
         if let Some(r) = self.numbered.get(&(session, seq)) {
             return r.seen(digest);
@@ -451,7 +456,26 @@ impl Requests {
 
 fn acknowledged(seq: u64, series: u64) -> Rejection {
     let why = format!("request {seq} of series {series:x} was acknowledged, its answer is forgotten");
-    Rejection::Invalid { why: why.into() }
+    forgotten(RefusalCode::Invalid, why).into()
+}
+
+/// Of a request that may have been done: its answer is gone, and nobody can tell it again.
+fn forgotten(code: RefusalCode, why: String) -> Refusal {
+    Refusal::new(code, why).fact(ANSWER, FORGOTTEN)
+}
+
+/// Of a request under a session that has ended.
+pub fn forgotten_with(session: SessionId) -> Rejection {
+    let why = format!("session {session} has ended, and with it what was known of its requests");
+    forgotten(RefusalCode::SessionExpired, why).fact("session", session).into()
+}
+
+impl Rejection {
+    /// Whether the request may have been done, before its answer was forgotten. Every other refusal says that it was not.
+    pub fn leaves_open(&self) -> bool {
+        let Self::Refused(refusal) = self else { return false };
+        refusal.facts.iter().any(|(name, value)| (&**name, &**value) == (ANSWER, FORGOTTEN))
+    }
 }
 
 fn series_bytes(id: &SeriesId) -> u64 {

@@ -270,6 +270,9 @@ pub(crate) fn native_rejection(rejection: &Rejection, kind: Kind, stamp: LogTime
             if refusal.retry_after_ms > 0 {
                 e.retry_after_ms = refusal.retry_after_ms;
             }
+            if rejection.leaves_open() && kind == Kind::Change {
+                e.outcome = v1::Outcome::Unknown.into();
+            }
             if refusal.code == RefusalCode::ResultNotRetained {
                 e.outcome = v1::Outcome::Applied.into();
                 fact(&mut e, "result_not_retained", true);

@@ -299,7 +299,7 @@ pub fn number_request(client: &mut Client, random: &mut Random, what: &What) -> 
 /// An answer that a caller gets only after it has said that it has it.
 pub fn is_disowned(request: &Option<RequestId>, result: &Result<TxnReply, Rejection>) -> bool {
     let series = matches!(request, Some(RequestId::Series { .. }));
-    series && matches!(result, Err(Rejection::Invalid { why }) if why.contains("was acknowledged"))
+    series && matches!(result, Err(why) if why.leaves_open())
 }
 
 pub fn registers_in(span: &Span) -> impl Iterator<Item = Key> {

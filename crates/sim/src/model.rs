@@ -195,7 +195,7 @@ impl Model {
             Some(RequestId::Series { .. }) => unreachable!("the lists make no series"),
             Some(RequestId::Session { session, seq, acked_below }) => {
                 let Some(live) = self.sessions.get(&session) else {
-                    return Some(self.refusal(Rejection::SessionExpired { session }));
+                    return Some(self.refusal(tenure_machine::forgotten_with(session)));
                 };
                 let token = live.token;
                 let acked = self.acked.entry(session).or_default();
@@ -204,7 +204,7 @@ impl Model {
                 self.requests
                     .retain(|key, _| !matches!(key, RequestKey::Numbered(s, n) if *s == session && *n < acked));
                 if seq < acked {
-                    return Some(self.refusal(Rejection::Invalid { why: "acknowledged".into() }));
+                    return Some(self.refusal(tenure_machine::forgotten_with(session)));
                 }
                 (Some(RequestKey::Numbered(session, seq)), Some((session, token)))
             }

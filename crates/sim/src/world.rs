@@ -804,9 +804,7 @@ impl World {
         }
         let refused = reply.result.is_err();
         // An old request under a session that is gone: its outcome cannot be told any more.
-        if let Err(Rejection::SessionExpired { .. }) = reply.result
-            && call.tries > 1
-        {
+        if matches!(&reply.result, Err(why) if why.leaves_open()) && call.tries > 1 {
             self.touch_unknown(call);
             return Ok(());
         }
@@ -836,7 +834,7 @@ impl World {
             reply.revision = reply.revision.next();
         }
         // A later request of the session has said that the answer arrived, so it is forgotten; it must not run either.
-        if matches!(reply.result, Err(Rejection::Invalid { .. })) {
+        if matches!(&reply.result, Err(why) if why.leaves_open()) {
             return Ok(());
         }
         self.requests.answered(id, &reply)

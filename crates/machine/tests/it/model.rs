@@ -371,7 +371,7 @@ impl Model {
         let no = |model: &Self, what: &str| Some(model.text(&Err(what.to_string())));
         let mut incarnation = 0;
         if let RequestId::Session { session, seq, acked_below } = request {
-            let Some(live) = self.sessions.get(&session.0) else { return no(self, "SessionExpired") };
+            let Some(live) = self.sessions.get(&session.0) else { return no(self, "Refused") };
             incarnation = live.token;
             let acked = self.acked.entry(session.0).or_default();
             *acked = (*acked).max(*acked_below);
@@ -380,7 +380,7 @@ impl Model {
                 |k| !matches!(k.request, RequestId::Session { session: s, seq, .. } if s == *session && seq < acked),
             );
             if *seq < acked {
-                return Some(self.text(&Err("Invalid".into())));
+                return Some(self.text(&Err("Refused".into())));
             }
         }
         if let RequestId::Series { series, seq, acked_below } = request {
@@ -390,7 +390,7 @@ impl Model {
                     return no(self, "RateLimited");
                 }
                 if seq < acked_below {
-                    return no(self, "Invalid");
+                    return no(self, "Refused");
                 }
                 self.series.insert(*series, (*acked_below, self.stamp));
             }
@@ -402,7 +402,7 @@ impl Model {
             );
             self.use_series(*series);
             if *seq < acked {
-                return Some(self.text(&Err("Invalid".into())));
+                return Some(self.text(&Err("Refused".into())));
             }
         }
         let request = base(request);
