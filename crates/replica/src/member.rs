@@ -394,11 +394,23 @@ impl<D: Disk> Member<D> {
     /// Takes a transaction for the next poll. Its answer comes with the ticket, for a wait possibly much later.
     pub fn submit(&mut self, txn: Txn) -> Result<Ticket, Refusal> {
         let bytes = weight(&txn);
-        self.may_take(&txn, bytes)?;
+        match self.may_take(&txn, bytes) {
+            Err(full @ (Refusal::Memory(_) | Refusal::DiskFull)) => return self.answer_known(&txn).ok_or(full),
+            taken => taken?,
+        }
         self.remember(self.next_number, &txn);
         let number = self.enqueue(txn, bytes, Wants::Caller);
         self.waiting.insert(number);
         Ok(self.ticket(number))
+    }
+
+    /// What was done is answered as it was, however full it is by now.
+    fn answer_known(&mut self, txn: &Txn) -> Option<Ticket> {
+        let reply = self.machine.remembered(&txn.principal, txn.request.as_ref()?, txn.digest())?;
+        let ticket = self.ticket(self.next_number);
+        self.next_number += 1;
+        self.told.push((ticket, Answer::Done(reply)));
+        Some(ticket)
     }
 
     fn may_take(&self, txn: &Txn, bytes: usize) -> Result<(), Refusal> {

@@ -1,7 +1,7 @@
 use super::*;
 use crate::disk::MemoryDisk;
 use crate::job::run_job;
-use tenure_machine::{
+use tenure_machine::{RequestId, 
     CounterAdd, CounterOp, JobId, Key, LockAcquire, LockMode, LockOp, LockRelease, NamespaceId, OnExpire, OpReply, Put,
     QueueOp, Receipt, Reply, Revision, SessionCreate, SessionFace, SessionId, Space, Span, Wait,
 };
@@ -512,10 +512,12 @@ fn a_failed_sync_is_the_end_of_the_member() {
 #[test]
 fn a_full_disk_refuses_growth_before_the_log_fails_and_recovers_by_itself() {
     let mut rig = Rig::new(Config { disk_reserve_bytes: 1 << 20, ..config(1) });
-    rig.ok(put("k", b"v"));
+    let done = Txn { request: Some(RequestId::Uuid([7; 16])), ..put("k", b"v") };
+    rig.ok(done.clone());
     rig.disk.set_capacity(3 << 19);
     rig.pass(DISK_EVERY_MS);
     assert_eq!(rig.member.submit(put("l", b"v")), Err(Refusal::DiskFull));
+    assert!(rig.run(done).replayed, "what was done is answered as it was");
     // Work that is under way can be ended.
     let receipt = || Receipt { id: JobId { revision: 1, index: 0 }, token: Revision(1) };
     let release =
