@@ -465,3 +465,28 @@ fn transactions_from_a_shell() {
     assert_eq!(tenure_fed(at, &["txn"], r#"{"than": []}"#).code, 64);
     assert_eq!(ok(at, &["kv", "get", "seat/12"]).trim_end(), "ann");
 }
+
+/// A request that was not done must not undo what its id did before.
+#[test]
+fn a_refused_copy_of_an_acquire_ends_nothing() {
+    let server = Server::start(&[]);
+    let id = "0b7f3c1e-8a35-4f0e-9a0f-6f0d0a3c1b2d";
+    let acquire = |body: &str| {
+        let url = format!("http://{}/v1/locks:acquire", server.address);
+        let header = format!("Idempotency-Key: {id}");
+        let said = std::process::Command::new("curl").args(["-s", "-H", &header, "-d", body, &url]).output().unwrap();
+        serde_json::from_slice::<serde_json::Value>(&said.stdout).unwrap()
+    };
+    let first = r#"{"name":"mm/a","ttl_ms":"60000"}"#;
+    let granted = acquire(first);
+    assert!(granted["token"].is_string(), "{granted}");
+    let refused = acquire(r#"{"name":"mm/b","ttl_ms":"60000"}"#);
+    assert_eq!((refused["code"].as_str(), refused["outcome"].as_str()), (Some("MISMATCH"), Some("NOT_APPLIED")), "{refused}");
+    // Whatever the refusal set going is done when another change has been.
+    ok(&server.address, &["kv", "put", "k", "v"]);
+    let url = format!("http://{}/v1/locks/mm%2Fa", server.address);
+    let lock = std::process::Command::new("curl").args(["-s", &url]).output().unwrap();
+    let lock: serde_json::Value = serde_json::from_slice(&lock.stdout).unwrap();
+    assert_eq!(acquire(first)["token"], granted["token"]);
+    assert_eq!(lock["lock"]["holders"][0]["token"], granted["token"], "{lock}");
+}

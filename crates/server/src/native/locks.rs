@@ -106,9 +106,15 @@ impl Acquired {
         }
     }
 
-    /// Ends the session of a call that was refused. Where it was never made, the end is refused and that is well.
-    pub(crate) fn clean_up(&self, context: &Context) {
-        if let Some(session) = self.made {
+    /// Ends the session of a call that has waited in vain. What is refused at once has made none, and may be a copy of a call
+    /// whose session lives: another request under its id, or one that came late.
+    pub(crate) fn clean_up(&self, context: &Context, rejection: &Rejection) {
+        let has_waited = match rejection {
+            Rejection::TimeoutWaiting { .. } | Rejection::Cancelled { .. } => true,
+            Rejection::Refused(refusal) => refusal.code == RefusalCode::Deadlock,
+            _ => false,
+        };
+        if let Some(session) = self.made.filter(|_| has_waited) {
             context.write_detached(Txn::of(Op::SessionEnd { session, token: None }));
         }
     }

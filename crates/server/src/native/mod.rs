@@ -364,7 +364,7 @@ impl Finish {
 
     fn refused(&self, context: &Context, rejection: Rejection) -> Refused {
         if let Self::Acquire(acquired) = self {
-            acquired.clean_up(context);
+            acquired.clean_up(context, &rejection);
         }
         let mut error = words::native_rejection(&rejection, Kind::Change, context.identity.stamp());
         // What a session that is not there means depends on the call: for an owner it has ended.
