@@ -1,7 +1,8 @@
 //! The registry of services: which instances there are, where, and how they are.
 //!
 //! Promises. G1: an instance is of one registration at a time, told apart by its token; whatever names an older token is FENCED and changes nothing.
-//! G2: an instance goes with its session, or after it was critical for its `deregister_after_ms`, in a commit; none stays critical for ever. G3: a TTL
+//! G2: an instance goes with its session, or after it was critical for its `deregister_after_ms`, in a commit; none stays critical for ever. One
+//! whose session ended under a guard is critical until then, unless it is registered anew. G3: a TTL
 //! that is over makes the instance critical in a commit of its own; a heartbeat moves only the TTL, and no watcher hears of it. G4: the result of a
 //! probe counts only if the leader that ran it still led when the entry was appended (its term is the entry's) and the registration is the one that
 //! was probed: one member runs the checks, and its leadership is the lease. G5: each change of an instance moves the index of its service, which
@@ -157,6 +158,11 @@ impl Instance {
         if self.draining && self.checked != Health::Critical { Health::Draining } else { self.checked }
     }
 
+    /// Its session ended and a guard keeps it: nothing would tell that it is back.
+    fn is_left(&self) -> bool {
+        self.spec.session == SessionId(0) && self.spec.check == Check::None
+    }
+
     /// When it turned critical, if it was up before.
     fn fallen(&self) -> Option<LogTime> {
         (self.checked == Health::Critical && self.fell).then_some(self.since)
@@ -199,6 +205,9 @@ impl Lived for Instance {
         // Many sessions may end together for a reason that is not theirs: the guard decides what is told of them.
         let mut instance = instance.clone();
         instance.spec.session = SessionId(0);
+        // Nothing but a new registration brings it back: what answers at its place by now may be another, and would keep it for ever.
+        instance.spec.check = Check::None;
+        commit.remove_object(&sibling::<Pulse>(key));
         commit.set_health(key, instance, Health::Critical, "its session ended");
     }
 
@@ -516,8 +525,8 @@ impl Commit<'_> {
         let spec = &register.spec;
         let stamp = self.m.stamp;
         let asked_equally = |old: &Instance| {
-            let asked = |spec: &InstanceSpec| (spec.address.clone(), spec.port, spec.check.clone());
-            asked(&old.spec) == asked(spec) && matches!(spec.check, Check::Active(_))
+            let is_there = old.spec.address == spec.address && old.spec.port == spec.port;
+            is_there && (old.spec.check == spec.check || old.is_left()) && matches!(spec.check, Check::Active(_))
         };
         let draining = old.as_ref().is_some_and(|old| old.draining);
         if let Some(old) = old.filter(asked_equally) {
@@ -582,6 +591,9 @@ impl Commit<'_> {
     fn heartbeat(&mut self, beat: &Heartbeat) -> Result<Health, Rejection> {
         let (key, instance) = self.existing(&beat.of)?;
         check_why(&beat.why)?;
+        if instance.is_left() {
+            return Err(left(&beat.of, instance.token));
+        }
         let Check::Ttl(_) = instance.spec.check else {
             return Err(invalid(format!("instance `{}` has no check with a TTL", beat.of.instance)));
         };
@@ -950,6 +962,14 @@ fn missing(of: &InstanceRef) -> Rejection {
     let why = format!("service `{}` has no instance `{}`", of.service, of.instance);
     let refusal = Refusal::new(RefusalCode::NotFound, why).fact("service", &of.service);
     refusal.fact("instance", &of.instance).into()
+}
+
+fn left(of: &InstanceRef, token: Revision) -> Rejection {
+    let why =
+        format!("the session of instance `{}` of service `{}` has ended: register it anew", of.instance, of.service);
+    // As without a guard, where it would be gone.
+    let refusal = Refusal::new(RefusalCode::NotFound, why).fact("service", &of.service);
+    refusal.fact("instance", &of.instance).fact("token", token).into()
 }
 
 /// As it is told in facts.
