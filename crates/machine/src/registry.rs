@@ -486,8 +486,8 @@ impl Commit<'_> {
         let session = register.spec.session;
         let held = old.map_or(SessionId(0), |old| old.spec.session);
         if session != SessionId(0) {
-            self.live_session(session)?;
-            if session != held {
+            let is_native = self.live_session(session)?.is_native();
+            if is_native && session != held {
                 self.check_things(session)?;
             }
         }
