@@ -27,7 +27,8 @@ const FORGOTTEN: &str = "forgotten";
 pub(crate) const KEPT_MS: u64 = 10 * 60 * 1000;
 /// Encoded answers above this are kept as their outcome alone.
 const BODY_BYTES_MAX: usize = 16 << 10;
-/// Old answers dropped at an entry beside two for each of its transactions, so that no single entry pays for all.
+/// Old answers dropped at an entry beside two for each of its transactions, so that no single entry pays for all; and as many of series, each
+/// of which counts with its requests.
 const DROPPED_PER_ENTRY: usize = 256;
 
 /// A one-shot id belongs to who made it.
@@ -144,31 +145,32 @@ impl Requests {
                 break;
             }
         }
-        for _ in 0..2 {
-            if !self.drop_unused(now) {
-                break;
-            }
+        let mut left = DROPPED_PER_ENTRY + 2 * txns;
+        while left > 0
+            && let Some(dropped) = self.drop_unused(now)
+        {
+            left = left.saturating_sub(1 + dropped);
         }
     }
 
-    /// Drops the series that was not used for longest, if its time is over; one under which somebody still waits gets as much again.
-    fn drop_unused(&mut self, now: LogTime) -> bool {
-        let Some((used, id)) = self.by_use.first().filter(|(used, _)| used.plus(KEPT_MS + USED_AGAIN_MS) <= now) else {
-            return false;
-        };
+    /// Drops the series that was not used for longest, if its time is over, and tells how many of its requests went with it; one under which
+    /// somebody still waits gets as much again.
+    fn drop_unused(&mut self, now: LogTime) -> Option<usize> {
+        let (used, id) = self.by_use.first().filter(|(used, _)| used.plus(KEPT_MS + USED_AGAIN_MS) <= now)?;
         let (used, id) = (*used, id.clone());
-        let Some(series) = self.series.get(&id).cloned() else { return false };
+        let series = self.series.get(&id).cloned()?;
         let its = || self.in_series.range((series.number, 0)..=(series.number, u64::MAX));
         if its().any(|(_, r)| r.waiter().is_some()) {
             self.use_series(&id, used, now);
-            return true;
+            return Some(0);
         }
         let all: Vec<InSeries> = its().map(|(at, _)| *at).collect();
+        let dropped = all.len();
         all.into_iter().for_each(|at| self.forget_in_series(at));
         self.series.remove(&id);
         self.by_use.remove(&(used, id.clone()));
         self.bytes -= series_bytes(&id);
-        true
+        Some(dropped)
     }
 
     /// Drops the oldest answer if its time is over.
@@ -219,7 +221,7 @@ impl Requests {
     /// Makes a place for another one-shot request or series, if only by forgetting what is old.
     fn make_room(&mut self, now: LogTime, max: u64) -> Result<(), Rejection> {
         while self.kept() >= max {
-            if !self.drop_oldest(now) {
+            if !self.drop_oldest(now) && self.drop_unused(now).is_none() {
                 return Err(Rejection::RateLimited { what: name::ONE_SHOT_REQUESTS, limit: max });
             }
         }

@@ -317,7 +317,7 @@ impl Model {
         self.known.retain(|k| {
             !(matches!(k.request, RequestId::Uuid(_)) && k.answer.as_ref().is_some_and(|(at, _)| at + 600_000 <= now))
         });
-        for _ in 0..2 {
+        loop {
             let unused = self.series.iter().map(|(id, (_, used))| (*used, *id)).min();
             let Some((_, id)) = unused.filter(|(used, _)| used + 601_000 <= now) else { break };
             let its = |k: &Known| matches!(k.request, RequestId::Series { series, .. } if series == id);
