@@ -155,9 +155,9 @@ impl NativeOp {
             Self::Idempotency(op) => !matches!(op, IdempotencyOp::Begin(_) | IdempotencyOp::Checkpoint(_)),
             Self::Marker(op) => matches!(op, MarkerOp::Confirm(_) | MarkerOp::Release(_) | MarkerOp::Delete(_)),
             Self::Reservation(op) => !matches!(op, ReservationOp::Create(_) | ReservationOp::Reserve(_)),
-            Self::Registry(op) => matches!(op, RegistryOp::Deregister(_)),
+            Self::Registry(op) => !matches!(op, RegistryOp::Register(_) | RegistryOp::Guard(_)),
             Self::Counter(op) => matches!(op, CounterOp::Delete(_)),
-            Self::Config(op) => matches!(op, ConfigOp::Delete(_) | ConfigOp::Purge(_)),
+            Self::Config(op) => matches!(op, ConfigOp::Abort(_) | ConfigOp::Delete(_) | ConfigOp::Purge(_)),
             Self::Condition(_) => true,
             Self::Schedule(op) => matches!(op, ScheduleOp::Delete(_) | ScheduleOp::Pause(_)),
         }

@@ -160,3 +160,18 @@ fn native_changes_come_in_slices() {
     assert_eq!(seen, 50);
     assert!(slices > 5);
 }
+
+/// What ends or keeps what is there goes on while there is hardly room: an instance that could not tell that it lives would be deregistered.
+#[test]
+fn instances_are_kept_when_there_is_hardly_room() {
+    let of = || InstanceRef { service: "web".into(), instance: "a".into(), token: Revision(3) };
+    let settles = |op: RegistryOp| NativeOp::Registry(op).only_settles();
+    let (health, why) = (Health::Passing, || Box::<str>::from(""));
+    assert!(settles(RegistryOp::Heartbeat(Heartbeat { of: of(), health, why: why() })));
+    assert!(settles(RegistryOp::Probed(Probed { of: of(), term: 1, health, why: why() })));
+    assert!(settles(RegistryOp::Drain(Drain { of: of(), draining: true })));
+    assert!(settles(RegistryOp::Deregister(of())));
+    assert!(!settles(RegistryOp::Guard(ServiceGuard { service: "web".into(), percent: 50 })));
+    assert!(NativeOp::Config(ConfigOp::Abort(ConfigAt { key: "app".into(), version: 2 })).only_settles());
+    assert!(!NativeOp::Config(ConfigOp::Promote(ConfigAt { key: "app".into(), version: 2 })).only_settles());
+}
