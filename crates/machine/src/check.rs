@@ -14,7 +14,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// All checks of a whole transaction.
 pub(crate) fn check(txn: &Txn, ops_max: u64) -> Result<(), Rejection> {
-    let ops = txn.requires.len().max(lists_max(&txn.compares, &txn.then, &txn.otherwise));
+    // Requirements stand in both lists, whichever will run.
+    let required = txn.requires.len() + required(&txn.then).max(required(&txn.otherwise));
+    let ops = required.max(lists_max(&txn.compares, &txn.then, &txn.otherwise));
     check_lists(&txn.compares, &txn.then, &txn.otherwise, ops as u64, ops_max)?;
     // Overlaps come after, so that the cost of looking for them is bounded.
     for ops in [&txn.then, &txn.otherwise] {
@@ -29,6 +31,10 @@ fn lists_max(compares: &[Compare], then: &[Op], otherwise: &[Op]) -> usize {
     // What was added to a list by whoever read the request counts as nothing.
     let len = |ops: &[Op]| ops.iter().filter(|op| conditions::is_said(op)).count();
     compares.len().max(len(then)).max(len(otherwise))
+}
+
+fn required(ops: &[Op]) -> usize {
+    ops.iter().filter(|op| conditions::is_required(op)).count()
 }
 
 fn check_lists(compares: &[Compare], then: &[Op], otherwise: &[Op], ops: u64, max: u64) -> Result<(), Rejection> {

@@ -128,6 +128,11 @@ pub(crate) fn is_explain(op: &Op) -> bool {
     matches!(op, Op::Native(op) if matches!(**op, NativeOp::Condition(ConditionOp::Explain)))
 }
 
+/// Whether the operation refuses the transaction where something is not so.
+pub(crate) fn is_required(op: &Op) -> bool {
+    matches!(op, Op::Native(op) if matches!(**op, NativeOp::Condition(ConditionOp::Require(_))))
+}
+
 /// Whether a caller wrote this operation, and not whoever read its request.
 pub(crate) fn is_said(op: &Op) -> bool {
     let Op::Native(op) = op else { return true };
