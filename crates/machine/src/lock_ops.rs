@@ -170,7 +170,8 @@ impl LockOp {
                     HoldMode::Permits(p) => 1_024 + item.name.len() as u64 * 3 + 12 * u64::from(p.count.max(p.of)),
                     HoldMode::Exclusive | HoldMode::Shared => 1_024 + item.name.len() as u64 * 3,
                 });
-                locks.sum::<u64>() + 3 * ask.owner.len() as u64
+                let session = ask.create.as_ref().map_or(0, SessionCreate::growth);
+                locks.sum::<u64>() + 3 * ask.owner.len() as u64 + session
             }
             Self::Resize(resize) => 12 * u64::from(resize.permits),
             Self::Release(_) | Self::ForceRelease(_) => 0,

@@ -430,8 +430,11 @@ impl Machine {
         const THING: u64 = 512;
         let growth = ops.iter().map(|op| match op {
             Op::Put(p) => THING + (2 * p.key.as_bytes().len() + p.value.len()) as u64,
-            Op::SessionCreate(_) => 2 * THING,
-            Op::LockAcquire(a) => 2 * THING + 2 * (a.name.len() + a.owner.len()) as u64,
+            Op::SessionCreate(create) => create.growth(),
+            Op::LockAcquire(a) => {
+                let session = a.create.as_ref().map_or(0, SessionCreate::growth);
+                2 * THING + 2 * (a.name.len() + a.owner.len()) as u64 + session
+            }
             Op::Native(op) => op.growth() + self.scheduled_growth(namespace, op),
             Op::Txn(sub) => self.ops_growth(namespace, &sub.then).max(self.ops_growth(namespace, &sub.otherwise)),
             _ => 0,

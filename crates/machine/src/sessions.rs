@@ -101,6 +101,14 @@ impl Session {
     }
 }
 
+impl SessionCreate {
+    /// An upper bound of the bytes that it adds, what its watchers see included.
+    pub(crate) fn growth(&self) -> u64 {
+        let metadata: usize = self.metadata.iter().map(|(k, v)| 2 * (k.len() + v.len()) + 96).sum();
+        (2 * SESSION_BYTES + 384 + 2 * self.name.len() + metadata) as u64
+    }
+}
+
 /// A session with its slot in the table and its shared facts, without what grows.
 const SESSION_BYTES: usize = 320;
 /// An attached key in the index, beside its bytes.

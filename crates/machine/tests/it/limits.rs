@@ -175,3 +175,46 @@ fn instances_are_kept_when_there_is_hardly_room() {
     assert!(NativeOp::Config(ConfigOp::Abort(ConfigAt { key: "app".into(), version: 2 })).only_settles());
     assert!(!NativeOp::Config(ConfigOp::Promote(ConfigAt { key: "app".into(), version: 2 })).only_settles());
 }
+
+/// What is judged to fit does: a session with much metadata is not taken for a small one.
+#[test]
+fn what_is_admitted_fits() {
+    for face in [SessionFace::Etcd, SessionFace::Native] {
+        let pairs = |n: usize| (0..n).map(|i| (format!("{i:04}").into(), "v".into())).collect::<Vec<_>>();
+        for metadata in [Vec::new(), pairs(3_000), vec![("k".into(), "v".repeat(16_000).into())]] {
+            let create = SessionCreate {
+                id: SessionId(1),
+                face,
+                ttl_ms: 2000,
+                on_expire: OnExpire::Delete,
+                name: "n".repeat(1_000).into(),
+                metadata,
+                alias: None,
+                secret: None,
+            };
+            let mut log = Log::new();
+            let before = log.machine.memory().used;
+            let op = Op::SessionCreate(create.clone());
+            let acquire = LockAcquire {
+                name: b"l".as_slice().into(),
+                session: SessionId(0),
+                create: Some(create),
+                owner: b"o".as_slice().into(),
+                mode: LockMode::Exclusive,
+                wait: Wait::None,
+            };
+            let growth = |log: &mut Log, op: &Op| {
+                let hard = (1..1_000).map(|n| n * 1_024).find(|hard| {
+                    log.machine.set_memory_limits(MemoryLimits { soft: 0, hard: *hard });
+                    log.machine.admit(&Txn::of(op.clone())).is_ok()
+                });
+                hard.unwrap() - before
+            };
+            let needed = growth(&mut log, &op);
+            let locked = growth(&mut log, &Op::LockAcquire(acquire));
+            log.apply(op).result.unwrap();
+            let used = log.machine.memory().used - before;
+            assert!(used <= needed && needed <= locked, "{used} bytes were used, {needed} were asked for");
+        }
+    }
+}
