@@ -1,7 +1,7 @@
 //! The native space as those who watch it see it: each thing as the record that its last change put into the ring.
 //!
 //! Promises. V1: a page of things is of one moment, and pages follow one another in one order. V2: a thing in a page has the value that its
-//! last change told watchers. V3: kinds that are not watched are in no page, and
+//! last change told watchers. V3: kinds that are not watched are in no page, nor are etcd's leases, which are not told either, and
 //! busy ones in none of all kinds together: who watches those names them.
 //! Not promised. When an object changed last: objects do not know it, so their records in pages have revision 0.
 
@@ -138,8 +138,9 @@ impl Machine {
         };
         let is_one = span.end.is_none();
         let sessions = self.sessions.after(first).take(if is_one { 1 } else { usize::MAX });
+        // The leases of etcd's face begin and end untold.
         sessions
-            .filter(|(id, _)| span.contains(sessions::native_key(**id).as_bytes()))
+            .filter(|(id, session)| session.is_native() && span.contains(sessions::native_key(**id).as_bytes()))
             .map(|(_, session)| session.record())
     }
 }

@@ -218,3 +218,37 @@ fn what_is_admitted_fits() {
         }
     }
 }
+
+/// What watchers begin with has nothing of which they would never hear the end.
+#[test]
+fn leases_are_in_no_page_of_the_native_space() {
+    let mut log = Log::new();
+    let faces = [SessionFace::Etcd, SessionFace::Native, SessionFace::Etcd];
+    for (id, face) in (1..).zip(faces) {
+        log.apply(Op::SessionCreate(SessionCreate {
+            id: SessionId(id),
+            face,
+            ttl_ms: 2000,
+            on_expire: OnExpire::Delete,
+            name: "".into(),
+            metadata: Vec::new(),
+            alias: None,
+            secret: None,
+        }))
+        .result
+        .unwrap();
+    }
+    let key = |name: &[u8]| Key::new(Space::Native, NamespaceId::DEFAULT, name);
+    let id = |id: u64| [b"s".as_slice(), &id.to_be_bytes()].concat();
+    let spans = [
+        (Span { start: key(b""), end: Some(Key::end_of(Space::Native, NamespaceId::DEFAULT)) }, 1),
+        (Span { start: key(b"s"), end: Some(key(b"t")) }, 1),
+        (Span::one(key(&id(1))), 0),
+        (Span::one(key(&id(2))), 1),
+    ];
+    for (span, expected) in spans {
+        let (page, _) = log.machine.native_slice(&span, None, 10);
+        assert_eq!(page.len(), expected, "{span:?}");
+        assert!(page.iter().all(|record| record.mod_revision() <= log.machine.revision()));
+    }
+}
