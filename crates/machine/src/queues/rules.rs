@@ -408,7 +408,9 @@ impl Commit<'_> {
         let job = self.object::<Job>(&receipt.id.key(self.txn.namespace));
         match job.map(|job| (job, &job.state)) {
             // One commit gives a job one token, so what it delivers it cannot take back.
-            Some((job, JobState::Leased(lease))) if job.token == receipt.token && job.token < self.at => {
+            Some((job, JobState::Leased(lease)))
+                if job.token == receipt.token && job.token < self.at && lease.until > self.m.stamp =>
+            {
                 Ok((job, lease))
             }
             _ => Err(fenced_receipt(receipt, job, self.m.stamp)),
@@ -646,7 +648,11 @@ impl Machine {
     /// Refuses unless this is the receipt of the newest delivery of the job, and that is under way.
     pub(crate) fn judge_receipt(&self, namespace: NamespaceId, receipt: &Receipt) -> Result<(), Rejection> {
         match self.objects.get::<Job>(&receipt.id.key(namespace)) {
-            Some(job) if job.token == receipt.token && matches!(job.state, JobState::Leased(_)) => Ok(()),
+            Some(Job { token, state: JobState::Leased(lease), .. })
+                if *token == receipt.token && lease.until > self.stamp =>
+            {
+                Ok(())
+            }
             job => Err(fenced_receipt(receipt, job, self.stamp)),
         }
     }
@@ -659,7 +665,10 @@ fn fenced_receipt(receipt: &Receipt, job: Option<&Job>, now: LogTime) -> Rejecti
         None => Refusal::new(RefusalCode::Fenced, format!("{start}: the job is gone")).fact("state", "gone"),
         Some(job) => {
             let (state, attempt) = (job.state.name(), job.attempt);
-            let why = format!("{start}: the job is {state}, its newest delivery is {} (attempt {attempt})", job.token);
+            let why = match &job.state {
+                JobState::Leased(lease) if lease.until <= now => format!("{start}: the visibility of the job is over"),
+                _ => format!("{start}: the job is {state}, its newest delivery is {} (attempt {attempt})", job.token),
+            };
             Refusal::new(RefusalCode::Fenced, why)
                 .fact("state", state)
                 .fact("attempt", attempt)

@@ -252,3 +252,64 @@ fn leases_are_in_no_page_of_the_native_space() {
         assert!(page.iter().all(|record| record.mod_revision() <= log.machine.revision()));
     }
 }
+
+/// More deliveries end at one moment than one entry tells of; those that it does not tell of are over all the same.
+#[test]
+fn a_visibility_is_over_before_its_turn_to_be_told_of() {
+    const LONG_MS: u64 = 12 * 3_600_000;
+    let mut machine = Machine::new();
+    let mut index = 0;
+    let mut apply = |stamp: u64, txns: Vec<Txn>| {
+        index += 1;
+        let batch = Batch { behaviour: machine.behaviour(), stamp: LogTime(stamp), origin: Origin::default(), txns };
+        let mut out = Applied::default();
+        machine.apply(Position { index: Index(index), term: Term(1) }, batch, &mut out).unwrap();
+        out.replies.into_iter().map(|(_, reply)| reply.result).collect::<Vec<_>>()
+    };
+    apply(0, vec![Txn::of(Op::RaiseBehaviour { to: BEHAVIOUR })]);
+    let job = NewJob {
+        payload: b"x"[..].into(),
+        delay_ms: 0,
+        run_at_ms: None,
+        priority: 0,
+        terms: None,
+        on_duplicate: OnDuplicate::ReturnExisting,
+    };
+    let enqueue = QueueOp::Enqueue(Enqueue { queue: b"q"[..].into(), jobs: vec![job; 100] });
+    let receive = QueueOp::Receive(Receive {
+        queues: vec![b"q"[..].into()],
+        groups: Vec::new(),
+        max: 100,
+        wait_ms: 0,
+        visibility_ms: LONG_MS,
+        worker: "".into(),
+        receiver: b""[..].into(),
+        settled: Vec::new(),
+    });
+    let mut last = None;
+    for _ in 0..11 {
+        let replies = apply(0, vec![Txn::of(enqueue.clone().into()), Txn::of(receive.clone().into())]);
+        let Ok(QueueReply::Received(received)) = replies[1].clone().unwrap().results.remove(0).try_into() else {
+            panic!("no jobs")
+        };
+        last = received.jobs.last().map(|job| Receipt { id: job.id, token: job.token });
+    }
+    let receipt = last.unwrap();
+    let beat = Txn::of(
+        QueueOp::Heartbeat(JobHeartbeat { receipt: receipt.clone(), extend_ms: LONG_MS, progress: None }).into(),
+    );
+    let Ok(QueueReply::Beat(told)) =
+        apply(LONG_MS - 1, vec![beat.clone()])[0].clone().unwrap().results.remove(0).try_into()
+    else {
+        panic!("no beat")
+    };
+    assert_eq!(told.remaining_ms, 1);
+    let required = Txn::of(ConditionOp::Require(Condition::ReceiptValid(receipt.clone())).into());
+    let ack = Ack { receipt, result: Box::default() };
+    let ack = Txn::of(QueueOp::Ack(AckJobs { acks: vec![ack], each: false, receive: None }).into());
+    // 1,000 of 1,100 come back before these.
+    for reply in apply(LONG_MS + 5, vec![beat, required, ack]) {
+        let refused = reply.unwrap_err().to_string();
+        assert!(refused.ends_with("the visibility of the job is over"), "{refused}");
+    }
+}
