@@ -191,9 +191,19 @@ impl Waits {
 
     /// How many places are taken in queues whose names begin with this one and a zero byte.
     pub(crate) fn len_below(&self, key: &ObjectKey) -> u64 {
+        self.below(key).map(|(_, queue)| queue.order.len() as u64).sum()
+    }
+
+    /// Those queues, in the order in which whoever is next in each came.
+    pub(crate) fn places_below(&self, key: &ObjectKey) -> Vec<ObjectKey> {
+        let mut places: Vec<_> = self.below(key).map(|(place, queue)| (queue.order.first(), place)).collect();
+        places.sort_unstable();
+        places.into_iter().map(|(_, place)| place.clone()).collect()
+    }
+
+    fn below(&self, key: &ObjectKey) -> impl Iterator<Item = (&ObjectKey, &Queue)> {
         let from = ObjectKey::new(key.kind(), key.namespace(), &[key.name(), b"\0"].concat());
-        let below = self.queues.range(from.clone()..).take_while(|(k, _)| k.as_bytes().starts_with(from.as_bytes()));
-        below.map(|(_, queue)| queue.order.len() as u64).sum()
+        self.queues.range(from.clone()..).take_while(move |(place, _)| place.as_bytes().starts_with(from.as_bytes()))
     }
 
     /// Who is next.

@@ -174,12 +174,12 @@ impl Lines {
 
     /// The earliest turn among what is ready under a rank.
     pub(crate) fn first_turn(&self, rank: u8) -> Option<u64> {
-        let zero = JobId { revision: 0, index: 0 };
-        let first = |heads: &BTreeSet<Head>| {
-            let (found, turn, ..) = heads.range((rank, 0, zero, None)..).next()?;
-            (*found == rank).then_some(*turn)
-        };
-        first(&self.heads).into_iter().chain(first(&self.capped)).min()
+        first_head(&self.heads, rank).into_iter().chain(first_head(&self.capped, rank)).min()
+    }
+
+    /// The turn of what is delivered next under a rank. What a cap holds back has turns of long ago.
+    pub(crate) fn turn_under_way(&self, rank: u8) -> Option<u64> {
+        first_head(&self.heads, rank).or_else(|| first_head(&self.capped, rank))
     }
 
     /// The latest turn of what is ready of a tenant under a rank.
@@ -301,7 +301,7 @@ impl Lines {
         if before == after {
             return;
         }
-        let heads = if self.is_capped(&tenant) { &mut self.capped } else { &mut self.heads };
+        let heads = if self.is_capped(tenant.as_ref()) { &mut self.capped } else { &mut self.heads };
         if let Some((turn, id)) = before {
             heads.remove(&(rank, turn, id, tenant.clone()));
         }
@@ -310,20 +310,21 @@ impl Lines {
         }
     }
 
-    fn is_capped(&self, tenant: &Tenant) -> bool {
-        let leased = tenant.as_ref().and_then(|tenant| self.leased.get(tenant));
+    /// Whether a tenant has as many deliveries under way as it may.
+    pub(crate) fn is_capped(&self, tenant: Option<&Arc<[u8]>>) -> bool {
+        let leased = tenant.and_then(|tenant| self.leased.get(tenant));
         self.cap > 0 && leased.is_some_and(|leased| *leased >= self.cap)
     }
 
     fn count_leased(&mut self, tenant: &Arc<[u8]>, more: bool) {
-        let before = self.is_capped(&Some(tenant.clone()));
+        let before = self.is_capped(Some(tenant));
         let leased = self.leased.entry(tenant.clone()).or_default();
         *leased = if more { *leased + 1 } else { *leased - 1 };
         if *leased == 0 {
             self.leased.remove(tenant);
         }
         let tenant = Some(tenant.clone());
-        if self.is_capped(&tenant) != before {
+        if self.is_capped(tenant.as_ref()) != before {
             self.move_tenant(&tenant, before);
         }
     }
@@ -351,10 +352,16 @@ impl Lines {
         self.cap = cap;
         let heads = std::mem::take(&mut self.heads).into_iter().chain(std::mem::take(&mut self.capped));
         for head in heads.collect::<Vec<_>>() {
-            let heads = if self.is_capped(&head.3) { &mut self.capped } else { &mut self.heads };
+            let heads = if self.is_capped(head.3.as_ref()) { &mut self.capped } else { &mut self.heads };
             heads.insert(head);
         }
     }
+}
+
+fn first_head(heads: &BTreeSet<Head>, rank: u8) -> Option<u64> {
+    let zero = JobId { revision: 0, index: 0 };
+    let (found, turn, ..) = heads.range((rank, 0, zero, None)..).next()?;
+    (*found == rank).then_some(*turn)
 }
 
 /// Its place in the order of its group.

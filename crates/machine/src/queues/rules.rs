@@ -181,7 +181,7 @@ impl Commit<'_> {
         !blocked && group.leased < settings.group_in_flight && group.first().is_none_or(|(first, _)| first >= order)
     }
 
-    /// Where a job goes in the round of tenants: a step behind the last of its own, or else into the round that is under way.
+    /// Where a job goes in the round of tenants: a step behind the last of its own, or else into the round that is under way. `back`: to the front.
     fn turn_of_job(&self, key: &ObjectKey, job: &Job, back: bool) -> u64 {
         let Some(queue) = self.object::<Queue>(key) else { return 0 };
         let tenant = job.tenant();
@@ -189,10 +189,10 @@ impl Commit<'_> {
         let weight = weights.iter().find(|(name, _)| Some(name) == tenant).map_or(1, |(_, weight)| *weight);
         let step = STEP / u64::from(weight.clamp(1, WEIGHT_MAX));
         let Some(lines) = self.queue_lines(queue.number) else { return 0 };
-        let first = lines.first_turn(job.rank);
         match lines.last_turn(job.rank, &tenant.cloned()) {
-            Some(last) if !back => last.saturating_add(step),
-            _ => first.unwrap_or(0),
+            _ if back => lines.first_turn(job.rank).unwrap_or(0),
+            Some(last) => last.saturating_add(step),
+            None => lines.turn_under_way(job.rank).unwrap_or(0),
         }
     }
 
@@ -228,13 +228,24 @@ impl Commit<'_> {
 
     /// Gives what is ready to those who wait, after something happened to a queue and perhaps to a group there.
     pub(super) fn serve_queue(&mut self, key: &ObjectKey, group: Option<&Arc<[u8]>>) {
-        let Some(group) = group else { return self.serve_receivers(key, key) };
-        // In the order of arrival, as far as it is one job that has become ready.
-        let place = group_place(key, group);
-        let wants_group = self.m.waits.head(&place);
-        let is_first = wants_group.is_some() && wants_group < self.m.waits.head(key).or(Some(WaiterNumber::MAX));
-        let order = if is_first { [&place, key] } else { [key, &place] };
-        order.into_iter().for_each(|place| self.serve_receivers(key, place));
+        match group {
+            None => self.serve_receivers(key, key),
+            Some(group) => {
+                // In the order of arrival, as far as it is one job that has become ready.
+                let place = group_place(key, group);
+                let wants_group = self.m.waits.head(&place);
+                let is_first =
+                    wants_group.is_some() && wants_group < self.m.waits.head(key).or(Some(WaiterNumber::MAX));
+                let order = if is_first { [&place, key] } else { [key, &place] };
+                order.into_iter().for_each(|place| self.serve_receivers(key, place));
+            }
+        }
+        // Room under the cap of a tenant is room for its jobs in every group.
+        if self.object::<Queue>(key).is_some_and(|queue| queue.settings.tenant_in_flight > 0) {
+            for place in self.m.waits.places_below(key) {
+                self.serve_receivers(key, &place);
+            }
+        }
     }
 
     pub(super) fn serve_group(&mut self, key: &ObjectKey, group: &[u8]) {
@@ -303,7 +314,7 @@ impl Commit<'_> {
         }
         groups.iter().filter_map(|name| lines.group(name)?.first()).map(|(_, id)| id).find(|id| {
             let job = self.object::<Job>(&id.key(key.namespace()));
-            job.is_some_and(|job| matches!(job.state, JobState::Ready(_)))
+            job.is_some_and(|job| matches!(job.state, JobState::Ready(_)) && !lines.is_capped(job.tenant()))
         })
     }
 
