@@ -196,18 +196,20 @@ impl Commit<'_> {
         }
     }
 
-    /// Makes the first of a group ready if it may start. `back`: this one comes back, to the front.
+    /// Makes the first of a group ready if it may start, and lets it wait again if it may not any more. `back`: this one comes back, to the front.
     pub(super) fn advance_group(&mut self, key: &ObjectKey, group: &[u8], back: Option<JobId>) {
         let Some(queue) = self.object::<Queue>(key) else { return };
         let Some(lines) = self.queue_lines(queue.number) else { return };
         let Some((order, id)) = lines.group(group).and_then(|group| group.first()) else { return };
         let job_key = id.key(key.namespace());
         let Some(job) = self.object::<Job>(&job_key) else { return };
-        if job.state == JobState::Held && self.may_start_in_group(key, group, order) {
-            let mut job = job.clone();
-            job.state = JobState::Ready(self.turn_of_job(key, &job, back == Some(id)));
-            self.put_object(&job_key, job);
-        }
+        let state = match (&job.state, self.may_start_in_group(key, group, order)) {
+            (JobState::Held, true) => JobState::Ready(self.turn_of_job(key, job, back == Some(id))),
+            (JobState::Ready(_), false) => JobState::Held,
+            _ => return,
+        };
+        let job = Job { state, ..job.clone() };
+        self.put_object(&job_key, job);
     }
 
     /// A job comes back into its group before the one that was next: that one waits again.
@@ -635,6 +637,12 @@ impl Commit<'_> {
         let id = JobId::of_key(job_key);
         let group = job.group().cloned();
         match &job.state {
+            JobState::Dead(_) => {
+                self.remove_object(job_key);
+                // It may have been all that blocked its group.
+                let Some(group) = &group else { return };
+                self.advance_group(&key, group, None);
+            }
             state if state.finished().is_some() => return self.remove_object(job_key),
             JobState::Leased(_) => {
                 let error = "its visibility was over".into();
