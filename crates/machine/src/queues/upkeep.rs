@@ -122,6 +122,12 @@ impl Commit<'_> {
         }
         job.queue = number;
         job.attempt = 0;
+        // Its time to live was that of its first life.
+        if job.expires().is_some()
+            && let Some(terms) = &mut job.terms
+        {
+            Arc::make_mut(terms).ttl_ms = 0;
+        }
         job.order = job.group().map(|_| Box::new(JobId { revision: self.at.0, index: self.place() }));
         job.state = match delay_ms {
             // The group still counts it among its dead.
