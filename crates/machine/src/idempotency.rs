@@ -893,9 +893,23 @@ impl Commit<'_> {
         let Some((number, begin)) = self.waiting_begins(key).into_iter().find(|(_, begin)| may(begin)) else {
             return Ok(false);
         };
+        let had_none = self.object::<IdempotencyRecord>(key).is_some_and(|record| record.fingerprint.is_empty());
         let granted = self.grant_attempt(key, &begin)?;
         self.end_wait(number, Ok(IdempotencyReply::Granted(granted).into()));
+        if had_none && !begin.fingerprints.is_empty() {
+            self.refuse_waits_that_differ(key);
+        }
         Ok(true)
+    }
+
+    /// The record has got its fingerprint while they waited: what comes of it is nothing to those who asked for something else.
+    fn refuse_waits_that_differ(&mut self, key: &ObjectKey) {
+        for (number, begin) in self.waiting_begins(key) {
+            let record = self.object::<IdempotencyRecord>(key);
+            if let Some(stored) = record.and_then(|record| record.differs(&begin.fingerprints)) {
+                self.end_wait(number, Err(mismatch(&begin.name, &stored)));
+            }
+        }
     }
 
     /// What is over is over, though the turn of its deadline has not come.
