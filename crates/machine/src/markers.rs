@@ -161,6 +161,20 @@ impl Marker {
     }
 }
 
+/// Whoever follows a dead claim keeps the marker for no less than that one asked for.
+fn longest_retention(before: Option<&Marker>, asked: u64) -> u64 {
+    match before {
+        Some(before) if before.state == MarkerState::Unconfirmed => {
+            if before.retention_ms == 0 || asked == 0 {
+                0
+            } else {
+                asked.max(before.retention_ms)
+            }
+        }
+        _ => asked,
+    }
+}
+
 fn kept_until(from: LogTime, retention_ms: u64) -> Option<LogTime> {
     if retention_ms == 0 { None } else { Some(from.plus(retention_ms)) }
 }
@@ -388,6 +402,7 @@ impl Commit<'_> {
         }
         let token = self.number_once(&key)?;
         let now = self.m.stamp;
+        let retention_ms = longest_retention(before.as_ref(), mark.retention_ms);
         let marker = Marker {
             state: MarkerState::Done,
             token,
@@ -395,8 +410,8 @@ impl Commit<'_> {
             at: now,
             attempt: before.as_ref().map_or(0, |before| before.attempt),
             first: before.as_ref().map_or(Revision(0), |before| before.first),
-            retention_ms: mark.retention_ms,
-            until: kept_until(now, mark.retention_ms),
+            retention_ms,
+            until: kept_until(now, retention_ms),
             session: SessionId(0),
             on_death: OnDeath::Ask,
             result: mark.result.clone(),
@@ -461,7 +476,6 @@ impl Commit<'_> {
         let attempt = before.as_ref().map_or(1, |before| before.attempt.saturating_add(1));
         // A claim that was released may have done a part, so its key stays; a deletion asks for the effect anew.
         let first = before.as_ref().map(|before| before.first).filter(|first| first.0 > 0).unwrap_or(token);
-        let longest = |a: u64, b: u64| if a == 0 || b == 0 { 0 } else { a.max(b) };
         let marker = Marker {
             state: MarkerState::Claimed,
             token,
@@ -469,12 +483,7 @@ impl Commit<'_> {
             at: now,
             attempt,
             first,
-            retention_ms: match &before {
-                Some(before) if before.state == MarkerState::Unconfirmed => {
-                    longest(before.retention_ms, claim.retention_ms)
-                }
-                _ => claim.retention_ms,
-            },
+            retention_ms: longest_retention(before.as_ref(), claim.retention_ms),
             until,
             session: claim.session,
             on_death: claim.on_death,
