@@ -26,6 +26,8 @@ pub(crate) struct Index {
 pub(crate) struct Lines {
     /// By the place of the state in `JOB_STATES`.
     pub(crate) counts: [u64; 8],
+    /// Of those that are done: how many may be trimmed.
+    done_free: u64,
     /// The first job of each rank of each tenant, in the order of delivery.
     heads: BTreeSet<Head>,
     /// The same for tenants that have as many deliveries under way as they may.
@@ -202,8 +204,11 @@ impl Lines {
         }
     }
 
-    /// The oldest done job that may be trimmed, and how many there are.
-    pub(crate) fn oldest_done(&self) -> Option<JobId> {
+    /// The oldest done job that may be trimmed, where there are more of those than this.
+    pub(crate) fn done_beyond(&self, max: u64) -> Option<JobId> {
+        if self.done_free <= max {
+            return None;
+        }
         let (tag, id) = self.others.range((DONE, JobId { revision: 0, index: 0 })..).next()?;
         (*tag == DONE).then_some(*id)
     }
@@ -228,6 +233,7 @@ impl Lines {
 
     fn take(&mut self, id: JobId, old: &Job, new: Option<&Job>) {
         self.counts[old.state.place()] -= 1;
+        self.done_free -= u64::from(slot(old) == Slot::Other(DONE));
         if !same_slot(old, new) {
             match slot(old) {
                 Slot::Ready(turn) => self.take_ready(id, old, turn),
@@ -255,6 +261,7 @@ impl Lines {
 
     fn put(&mut self, id: JobId, new: &Job, old: Option<&Job>) {
         self.counts[new.state.place()] += 1;
+        self.done_free += u64::from(slot(new) == Slot::Other(DONE));
         if !same_slot(new, old) {
             match slot(new) {
                 Slot::Ready(turn) => self.put_ready(id, new, turn),

@@ -514,13 +514,12 @@ impl Commit<'_> {
         }
     }
 
-    /// Takes the oldest record of a done job where there are too many.
+    /// Takes the oldest records of done jobs where there are too many: more than one, so that a lower limit is reached.
     fn trim_done(&mut self, key: &ObjectKey) {
-        let Some(queue) = self.object::<Queue>(key) else { return };
-        let Some(lines) = self.queue_lines(queue.number) else { return };
-        if lines.counts[5] > queue.settings.done_max
-            && let Some(id) = lines.oldest_done()
-        {
+        for _ in 0..2 {
+            let Some(queue) = self.object::<Queue>(key) else { return };
+            let lines = self.queue_lines(queue.number);
+            let Some(id) = lines.and_then(|lines| lines.done_beyond(queue.settings.done_max)) else { return };
             self.remove_object(&id.key(key.namespace()));
         }
     }
