@@ -1,8 +1,9 @@
 //! The search for deadlocks among locks: would whoever is about to wait be waiting for itself?
 //!
-//! Promises. C1: an owner waits for the owners of what is held against it and for those ahead of it in the queue; where a chain of such
-//! waits comes back to whoever is about to wait, it is found before the wait stands. C2: for permits that is so only if all who are not in such a chain could not
-//! free enough. C3: the search is bounded by [`EDGES_MAX`]; beyond it the wait stands. It is the same on each member.
+//! Promises. C1: an owner waits for the owners of what is held against it and for those ahead of it in the queue, whoever is about to go before it
+//! by a higher priority too; where a chain of such waits comes back to whoever is about to wait, it is found before the wait stands. C2: for
+//! permits that is so only if all who are not in such a chain could not free enough. C3: the search is bounded by [`EDGES_MAX`]; beyond it the
+//! wait stands. It is the same on each member.
 //! Not promised. A deadlock with anything but locks, or in which an owner waits under a name that it does not hold under. Their wait deadlines
 //! end those.
 //! Relies on. Owners, not sessions: one owner may have many. Whoever is not waiting will release what it holds some day.
@@ -48,6 +49,8 @@ pub(crate) enum Search {
 struct Chain<'a> {
     m: &'a Machine,
     target: OwnerKey,
+    /// What the target is about to wait for.
+    want: &'a Want,
     edges: usize,
     depth: usize,
     gave_up: bool,
@@ -71,12 +74,16 @@ impl Machine {
     pub(crate) fn find_deadlock(&self, want: &Want) -> Search {
         let owner = want.owner_key();
         let holds = want.items.iter().any(|(key, _)| self.locks.may_hold(key, &want.owner, want.session));
-        if !holds && self.waits.of_owner(&owner).is_empty() {
+        // Who waits for several goes before others in one queue while it waits in the next.
+        let passes = want.items.len() > 1
+            && want.items.iter().any(|(key, _)| self.waits.is_someone_behind(&key.object(), want.rank));
+        if !holds && !passes && self.waits.of_owner(&owner).is_empty() {
             return Search::Nothing;
         }
         let mut chain = Chain {
             m: self,
             target: owner.clone(),
+            want,
             edges: 0,
             depth: 0,
             gave_up: false,
@@ -118,7 +125,18 @@ impl Chain<'_> {
             }
             debug_assert!(number > 0, "numbers begin at one");
         }
-        false
+        self.is_passed_by_target(waits, key)
+    }
+
+    /// Whoever is about to wait with a higher priority will be ahead of those with a lower one.
+    fn is_passed_by_target(&mut self, waits: Waits<'_>, key: &LockKey) -> bool {
+        let is_passed = waits.waiter.is_some()
+            && self.want.rank < waits.place.0
+            && self.want.items.iter().any(|(wanted, _)| wanted == key);
+        is_passed && self.count() && {
+            let (target, now) = (self.target.clone(), self.m.stamp);
+            self.goes_on(waits, key, target, Revision(0), now)
+        }
     }
 
     fn is_stuck_at_holders(&mut self, waits: Waits<'_>, key: &LockKey, mode: HoldMode) -> bool {

@@ -222,6 +222,11 @@ impl Waits {
         self.queues.get(key).and_then(|q| q.order.first()).is_some_and(|(first, _)| *first <= rank)
     }
 
+    /// Whether whoever came now with this rank would go before others.
+    pub(crate) fn is_someone_behind(&self, key: &ObjectKey, rank: i64) -> bool {
+        self.queues.get(key).and_then(|q| q.order.last()).is_some_and(|(last, _)| *last > rank)
+    }
+
     /// Who waits for it from one place to before another, both as (rank, number).
     pub(crate) fn queue_between(
         &self,
