@@ -894,22 +894,26 @@ impl Commit<'_> {
         };
         self.lock_event(&key, event);
         self.touched.insert(key.clone());
-        self.refuse_too_large(&key, resize.permits);
-        self.serve([key])?;
+        let mut left = self.refuse_too_large(&key, resize.permits);
+        left.push(key);
+        self.serve(left)?;
         Ok(LockReply::Resized(shape.permits).into())
     }
 
-    /// Nobody waits for more permits than there are.
-    fn refuse_too_large(&mut self, key: &LockKey, permits: u32) {
+    /// Nobody waits for more permits than there are. Gives the locks that such waits were for.
+    fn refuse_too_large(&mut self, key: &LockKey, permits: u32) -> Vec<LockKey> {
         let queue = key.object();
+        let mut left = Vec::new();
         let asks_more =
             |waiter: &Waiter| matches!(asked_of(waiter, &queue), Some(HoldMode::Permits(p)) if p.count > permits);
         let all = self.m.waits.queue(&queue).filter(|(_, waiter)| asks_more(waiter)).map(|(number, _)| number);
         for number in all.collect::<Vec<_>>() {
             let why = format!("lock `{}` has only {permits} permits now", key.name().escape_ascii());
             let refusal = refuse(RefusalCode::Mismatch, key, why).fact("permits", permits);
+            left.extend(self.m.waits.get(number).map(|w| keys_of(&w.on)).unwrap_or_default());
             self.end_wait(number, Err(refusal.into()));
         }
+        left
     }
 
     /// The event of a wait that ended without a grant.
