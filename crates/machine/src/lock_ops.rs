@@ -426,7 +426,11 @@ impl Commit<'_> {
         hold: LockHold,
         want: &Want,
     ) -> Result<OpReply, Rejection> {
-        let enough = hold.mode == mode || (hold.mode == HoldMode::Exclusive && mode == HoldMode::Shared);
+        let enough = match (hold.mode, mode) {
+            // How many there are may have changed since.
+            (HoldMode::Permits(held), HoldMode::Permits(asked)) => held.count == asked.count,
+            (held, asked) => held == asked || (held == HoldMode::Exclusive && asked == HoldMode::Shared),
+        };
         if !enough || hold.holder.session != want.session {
             return Err(Rejection::Deadlock { name: key.name().into(), holder: hold.holder });
         }
