@@ -772,7 +772,7 @@ impl Commit<'_> {
     fn drop_hold(&mut self, key: &LockKey, at: HoldKey, why: LockEventKind, detail: &str) {
         let Some(hold) = self.m.locks.wide(key).and_then(|wide| wide.holds.get(&at)).cloned() else { return };
         let now = self.m.stamp;
-        let least = hold.holder.since.plus(hold.min_hold_ms);
+        let least = hold.least_until();
         let delayed = if why == LockEventKind::Released { now } else { now.plus(hold.delay_ms) };
         let until = least.max(delayed);
         let held_ms = now.0.saturating_sub(hold.holder.since.0);
@@ -829,7 +829,21 @@ impl Commit<'_> {
         for at in over {
             self.drop_kept(key, at, LockEventKind::DelayOver, "");
         }
+        self.let_owners_return(key);
         self.serve([key.clone()])
+    }
+
+    /// What is kept for longer than the least time of its hold is kept from its owner, too, only until that is over.
+    fn let_owners_return(&mut self, key: &LockKey) {
+        let Some(wide) = self.m.locks.wide(key) else { return };
+        let now = self.m.stamp;
+        let may = wide.holds.iter().filter(|(_, hold)| hold.kept.is_some_and(|kept| !kept.may_return));
+        let may = may.filter(|(_, hold)| hold.least_until() <= now);
+        let may: Vec<(HoldKey, LockHold)> = may.map(|(at, hold)| (*at, hold.clone())).collect();
+        for (at, hold) in may {
+            let kept = hold.kept.map(|kept| Kept { may_return: true, ..kept });
+            self.set_lock_hold(key, at, Some(LockHold { kept, ..hold }));
+        }
     }
 
     // ---- Operators ----

@@ -226,6 +226,17 @@ impl LockHold {
         OwnerKey::new(&self.holder.owner, self.holder.session)
     }
 
+    /// Until when nobody else gets it, whoever asks.
+    pub(crate) fn least_until(&self) -> LogTime {
+        self.holder.since.plus(self.min_hold_ms)
+    }
+
+    /// When something of it ends by itself, once it is over: first what keeps its owner away, then what keeps all others.
+    fn due_at(&self) -> Option<LogTime> {
+        let kept = self.kept?;
+        Some(if kept.may_return { kept.until } else { kept.until.min(self.least_until()) })
+    }
+
     /// Whether it is over and does not keep this owner away.
     pub(crate) fn yields_to(&self, owner: &OwnerKey) -> bool {
         self.kept.is_some_and(|kept| kept.may_return) && self.owner_key() == *owner
@@ -441,16 +452,16 @@ impl Index {
     }
 
     fn note_hold(&mut self, key: &LockKey, at: HoldKey, hold: &LockHold) {
-        match hold.kept {
+        match hold.due_at() {
             None => self.note(key, &hold.holder),
-            Some(kept) => drop(self.deadlines.insert((kept.until, key.clone(), at))),
+            Some(time) => drop(self.deadlines.insert((time, key.clone(), at))),
         }
     }
 
     fn forget_hold(&mut self, key: &LockKey, at: HoldKey, hold: &LockHold) {
-        match hold.kept {
+        match hold.due_at() {
             None => self.forget(key, &hold.holder),
-            Some(kept) => drop(self.deadlines.remove(&(kept.until, key.clone(), at))),
+            Some(time) => drop(self.deadlines.remove(&(time, key.clone(), at))),
         }
     }
 
