@@ -1135,7 +1135,7 @@ impl<D: Disk> Member<D> {
             self.enqueue_lead(match due {
                 Due::Expire { id, token } => Op::SessionExpire { session: id, token, term },
                 Due::Checkpoint { id, token, remaining_ms } => {
-                    Op::SessionCheckpoint { session: id, token, remaining_ms: Some(remaining_ms) }
+                    Op::SessionCheckpoint { session: id, token, remaining_ms }
                 }
             });
         }

@@ -4,7 +4,8 @@
 //! member's own clock, which leaves out every gap in which the member did not run. D2: a renewal is answered yes only if the session was
 //! live at a moment after it arrived: after a read-index round that began later, and never while an expiry of that session is
 //! under way; it waits for the fate of that. D3: a new leader starts every session with its full time, or with what a replicated
-//! checkpoint left of it; a renewal after a checkpoint is answered when the clearing of it is applied.
+//! checkpoint left of it; a renewal after a checkpoint is answered when the clearing of it is applied. D4: what was asked of the log and
+//! not seen there is asked again every [`AGAIN_MS`]: a proposal may be dropped where too much is undecided, and nobody else would ask.
 //! Not promised. That a dead session ends at once: a failover adds up to one whole time to live.
 //! Relies on. The member asks for nothing here before it has applied an entry of its own term, and drops all of it with its leadership.
 
@@ -14,11 +15,23 @@ use tenure_machine::{SessionEvent, SessionId, SessionToken, Ticket};
 /// What is left of a session is replicated this often, if its time to live is longer.
 pub(crate) const CHECKPOINT_EVERY_MS: u64 = 300_000;
 
+/// What the log has not told after so long is asked of it again. Asking twice does no harm: an end names its incarnation, and a clearing
+/// comes before the renewals that wait for it are answered.
+const AGAIN_MS: u64 = 5_000;
+
 /// What a leader should put into the log now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Due {
-    Expire { id: SessionId, token: SessionToken },
-    Checkpoint { id: SessionId, token: SessionToken, remaining_ms: u64 },
+    Expire {
+        id: SessionId,
+        token: SessionToken,
+    },
+    /// `None`: the clearing of one, for a renewal that waits.
+    Checkpoint {
+        id: SessionId,
+        token: SessionToken,
+        remaining_ms: Option<u64>,
+    },
 }
 
 /// What becomes of a renewal at once.
@@ -52,7 +65,7 @@ struct Held {
     token: SessionToken,
     ttl_ms: u64,
     deadline: u64,
-    /// When to look at it again; never after the deadline.
+    /// When to look at it again; never after the deadline, and where the log was asked, when to ask again.
     look_at: u64,
     checkpoint_at: u64,
     state: State,
@@ -72,7 +85,7 @@ enum State {
 #[derive(Debug, Default)]
 pub(crate) struct Deadlines {
     sessions: BTreeMap<SessionId, Held>,
-    /// One entry per session that is not expiring. A renewal leaves it: it is moved when its time comes.
+    /// One entry per session. A renewal leaves it: it is moved when its time comes.
     queue: BTreeSet<(u64, SessionId)>,
 }
 
@@ -102,6 +115,9 @@ impl Deadlines {
             State::Checkpointed => {
                 held.waiting.push(ticket);
                 held.state = State::Clearing;
+                self.queue.remove(&(held.look_at, id));
+                held.look_at = now + AGAIN_MS;
+                self.queue.insert((held.look_at, id));
                 Renewing::HeldForClearing { token: held.token }
             }
             State::Clearing | State::Expiring => {
@@ -118,19 +134,24 @@ impl Deadlines {
             let Some(&(at, id)) = self.queue.first().filter(|&&(at, _)| at <= now) else { break };
             self.queue.remove(&(at, id));
             let Some(held) = self.sessions.get_mut(&id) else { continue };
-            if held.deadline <= now && held.state != State::Clearing {
+            let (token, again) = (held.token, now + AGAIN_MS);
+            held.look_at = if held.state == State::Clearing {
+                // A renewal waits for it: its session is not ended.
+                due.push(Due::Checkpoint { id, token, remaining_ms: None });
+                again
+            } else if held.deadline <= now {
                 held.state = State::Expiring;
-                due.push(Due::Expire { id, token: held.token });
-                continue;
-            }
-            if held.checkpoint_at <= now && held.state != State::Clearing {
-                held.checkpoint_at = now + CHECKPOINT_EVERY_MS;
-                // From here on, not from when it is applied: a renewal in between must be cleared behind it in the log.
-                held.state = State::Checkpointed;
-                due.push(Due::Checkpoint { id, token: held.token, remaining_ms: held.deadline - now });
-            }
-            // While a clearing is under way a renewal waits for it: its session is looked at again, not ended.
-            held.look_at = held.deadline.min(held.checkpoint_at).max(now + 1);
+                due.push(Due::Expire { id, token });
+                again
+            } else {
+                if held.checkpoint_at <= now {
+                    held.checkpoint_at = now + CHECKPOINT_EVERY_MS;
+                    // From here on, not from when it is applied: a renewal in between must be cleared behind it in the log.
+                    held.state = State::Checkpointed;
+                    due.push(Due::Checkpoint { id, token, remaining_ms: Some(held.deadline - now) });
+                }
+                held.deadline.min(held.checkpoint_at)
+            };
             self.queue.insert((held.look_at, id));
         }
         due
@@ -224,6 +245,7 @@ mod tests {
     }
 
     const EXPIRE: Due = Due::Expire { id: S, token: 5 };
+    const CLEAR: Due = Due::Checkpoint { id: S, token: 5, remaining_ms: None };
 
     #[test]
     fn a_renewal_moves_the_deadline_and_a_missed_one_ends_it() {
@@ -233,7 +255,8 @@ mod tests {
         assert_eq!(d.due(1998, 9), []);
         assert_eq!(d.remaining_ms(1998, S), Some(1));
         assert_eq!(d.due(1999, 9), [EXPIRE]);
-        assert_eq!(d.due(9999, 9), [], "proposed once");
+        assert_eq!(d.due(6998, 9), [], "proposed once");
+        assert_eq!(d.due(6999, 9), [EXPIRE], "and again where the log has not told of it");
         assert_eq!(d.renew(0, SessionId(8), ticket(1)), Renewing::Gone);
     }
 
@@ -270,24 +293,25 @@ mod tests {
         assert_eq!(d.remaining_ms(0, S), Some(400));
         assert_eq!(d.renew(100, S, ticket(1)), Renewing::HeldForClearing { token: 5 });
         assert_eq!(d.renew(100, S, ticket(2)), Renewing::Held);
-        assert_eq!(d.due(500, 9), [], "not while a renewal waits for the clearing");
-        let told = d.event(600, &SessionEvent::Checkpoint { id: S, token: 5, remaining_ms: None });
+        assert_eq!(d.due(5_099, 9), [], "not while a renewal waits for the clearing");
+        assert_eq!(d.due(5_100, 9), [CLEAR], "which is asked for again");
+        let told = d.event(5_200, &SessionEvent::Checkpoint { id: S, token: 5, remaining_ms: None });
         assert_eq!(
             told.iter().map(|t| (t.ticket.number, t.renewed)).collect::<Vec<_>>(),
             [(1, Some((5, 1_000_000))), (2, Some((5, 1_000_000)))]
         );
-        assert_eq!(d.remaining_ms(600, S), Some(1_000_000));
-        assert_eq!(d.renew(700, S, ticket(3)), Renewing::Renewed { token: 5, ttl_ms: 1_000_000 });
+        assert_eq!(d.remaining_ms(5_200, S), Some(1_000_000));
+        assert_eq!(d.renew(5_300, S, ticket(3)), Renewing::Renewed { token: 5, ttl_ms: 1_000_000 });
     }
 
     #[test]
     fn long_sessions_are_checkpointed_now_and_then() {
         let mut d = one(700_000);
         assert_eq!(d.due(299_999, 9), []);
-        assert_eq!(d.due(300_000, 9), [Due::Checkpoint { id: S, token: 5, remaining_ms: 400_000 }]);
+        assert_eq!(d.due(300_000, 9), [Due::Checkpoint { id: S, token: 5, remaining_ms: Some(400_000) }]);
         // Answered yes before the checkpoint is applied, a failover would cut the renewed time short.
         assert_eq!(d.renew(300_000, S, ticket(1)), Renewing::HeldForClearing { token: 5 });
-        assert_eq!(d.due(600_000, 9), [], "no checkpoint over a clearing");
+        assert_eq!(d.due(600_000, 9), [CLEAR], "no checkpoint over a clearing");
     }
 
     #[test]
@@ -299,6 +323,6 @@ mod tests {
         assert_eq!(d.due(10, 4).len(), 4);
         assert_eq!(d.next(), Some(10));
         assert_eq!(d.due(10, 100).len(), 6);
-        assert_eq!(d.next(), None);
+        assert_eq!(d.next(), Some(10 + AGAIN_MS));
     }
 }
