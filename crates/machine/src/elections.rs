@@ -4,7 +4,8 @@
 //! leader has a larger one. E2: who campaigns while somebody leads has a place in the log: higher priority first, then the order of
 //! arrival. The commit that vacates an election elects the next; nobody sees it vacant. E3: a candidate is elected only while its session lives and
 //! its wait is in time. E4: a leader is never put out by a higher candidate; it is told that it should yield. E5: publishing and resigning name
-//! the token, and a wrong one changes nothing; resigning the last token again succeeds, as long as the session of that leader lives.
+//! the token, and a wrong one changes nothing; resigning the last token again succeeds, as long as the session of that leader lives and
+//! has not resigned eight other elections since.
 //! Not promised. That a leader which was paused knows that it leads no more: let the token be checked where it acts.
 //! Relies on. The waits of a session end before what it leads is vacated.
 //!
@@ -26,6 +27,8 @@ use std::sync::Arc;
 pub const ELECTION_VALUE_MAX: usize = 64 << 10;
 /// What an operation may add beside the name and the value.
 const GROWTH: u64 = 512;
+/// Resignations that a session may repeat and be told again that they were done.
+const RESIGNATIONS_KEPT: usize = 8;
 /// A leader beside its value.
 const LEADER_BYTES: u64 = 64;
 
@@ -365,7 +368,22 @@ impl Commit<'_> {
             to => Some(self.waits_of(&key, to, None).first().copied().ok_or_else(|| no_candidate(&resign.name, to))?),
         };
         self.vacate(&key, Some(Left { token: leader.token, session: leader.session }), to);
+        self.forget_resignations(leader.session);
         Ok(ElectionReply::Resigned)
+    }
+
+    /// Only the newest resignations of a session are kept: each takes as much of its room as something that it owns.
+    fn forget_resignations(&mut self, session: SessionId) {
+        let named = self.m.objects.kind_of_session::<Election>(self.txn.namespace, session);
+        let left = named.filter_map(|(key, election)| Some((election.left?, key)));
+        let left = left.filter(|(left, _)| left.session == session);
+        let mut left: Vec<(Revision, ObjectKey)> = left.map(|(left, key)| (left.token, key.clone())).collect();
+        left.sort();
+        for (_, key) in &left[..left.len().saturating_sub(RESIGNATIONS_KEPT)] {
+            if let Some(election) = self.object::<Election>(key).cloned() {
+                self.keep_election(key, Election { left: None, ..election });
+            }
+        }
     }
 
     fn withdraw(&mut self, withdraw: &Withdraw) -> Result<ElectionReply, Rejection> {
