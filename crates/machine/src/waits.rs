@@ -161,7 +161,7 @@ impl Waits {
             }
         }
         if let Some(count) = self.counts.get_mut(&old.session) {
-            *count -= 1;
+            *count -= old.on.len() as u64;
             if *count == 0 {
                 self.counts.remove(&old.session);
             }
@@ -181,7 +181,7 @@ impl Waits {
             queue.order.insert((new.rank, number));
             queue.owners.insert((new.owner_key(), number));
         }
-        *self.counts.entry(new.session).or_default() += 1;
+        *self.counts.entry(new.session).or_default() += new.on.len() as u64;
     }
 
     /// How many wait for it.
@@ -260,7 +260,7 @@ impl Waits {
         self.by_owner.range(range).map(|(_, number)| *number).collect()
     }
 
-    /// As a session's limit counts them.
+    /// As a session's limit counts them: as many as it would own.
     pub(crate) fn count(&self, session: SessionId) -> u64 {
         self.counts.get(&session).copied().unwrap_or(0)
     }
