@@ -12,10 +12,10 @@ use crate::apply::Machine;
 use crate::lock_ops::{Want, items_of};
 use crate::locks::{HoldMode, Lock, LockKey, Permits};
 use crate::native::{Refusal, RefusalCode};
-use crate::reply::Rejection;
+use crate::reply::{Holder, Rejection};
 use crate::types::*;
 use crate::waits::{OwnerKey, WaiterNumber};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
 
 /// Edges that one search looks at.
@@ -54,6 +54,8 @@ struct Chain<'a> {
     edges: usize,
     depth: usize,
     gave_up: bool,
+    /// Some of those who hold permits were found to be stuck, but not enough.
+    is_partial: bool,
     steps: Vec<Step>,
     /// Whether an owner was found to wait for the target; while it is looked at, it does not.
     owners: BTreeMap<OwnerKey, bool>,
@@ -87,6 +89,7 @@ impl Machine {
             edges: 0,
             depth: 0,
             gave_up: false,
+            is_partial: false,
             steps: Vec::new(),
             owners: BTreeMap::new(),
             locks: BTreeMap::new(),
@@ -96,6 +99,8 @@ impl Machine {
         match (found, chain.gave_up) {
             (true, _) => Search::Cycle(chain.steps),
             (false, true) => Search::GaveUp,
+            // Those found to be free may have been looked at while they waited for one another.
+            (false, false) if chain.is_partial => Knot::new(self, owner, want).find(),
             (false, false) => Search::Nothing,
         }
     }
@@ -183,6 +188,7 @@ impl Chain<'_> {
         }
         let coming = u64::from(wide.shape.permits).saturating_sub(stuck);
         if coming >= u64::from(permits.count) {
+            self.is_partial |= stuck > 0;
             return false;
         }
         self.steps.extend(cycle.unwrap_or_default());
@@ -238,6 +244,200 @@ impl Chain<'_> {
         self.gave_up |= self.edges > EDGES_MAX;
         !self.gave_up
     }
+}
+
+/// Who in reach can never go on, where holders of permits wait for one another: a chain sees one holder at a time and cannot tell. Whoever can
+/// go on once others have is taken out until nobody is; who is left waits for ever.
+struct Knot<'a> {
+    m: &'a Machine,
+    target: OwnerKey,
+    want: &'a Want,
+    edges: usize,
+    /// Who waits, in reach of the target, and is not taken out.
+    waiting: BTreeMap<OwnerKey, Vec<WaiterNumber>>,
+}
+
+/// One who is in the way of a wait.
+struct Blocker {
+    owner: OwnerKey,
+    token: Revision,
+    since: LogTime,
+    /// Of a holder of permits, how many; all others must go on.
+    permits: Option<u64>,
+}
+
+/// A wait for one lock.
+struct Open {
+    owner: OwnerKey,
+    waiter: Option<WaiterNumber>,
+    place: (i64, WaiterNumber),
+    key: LockKey,
+    mode: HoldMode,
+}
+
+impl<'a> Knot<'a> {
+    fn new(m: &'a Machine, target: OwnerKey, want: &'a Want) -> Self {
+        Self { m, target, want, edges: 0, waiting: BTreeMap::new() }
+    }
+
+    fn find(mut self) -> Search {
+        self.collect();
+        let target = self.target.clone();
+        while self.is_stuck(&target) {
+            let owners: Vec<OwnerKey> = self.waiting.keys().cloned().collect();
+            let free: Vec<OwnerKey> = owners.into_iter().filter(|owner| !self.is_stuck(owner)).collect();
+            if self.gave_up() {
+                return Search::GaveUp;
+            }
+            if free.is_empty() {
+                let cycle = self.cycle();
+                return if self.gave_up() { Search::GaveUp } else { cycle.map_or(Search::Nothing, Search::Cycle) };
+            }
+            free.iter().for_each(|owner| drop(self.waiting.remove(owner)));
+        }
+        if self.gave_up() { Search::GaveUp } else { Search::Nothing }
+    }
+
+    fn gave_up(&self) -> bool {
+        self.edges > EDGES_MAX
+    }
+
+    /// Everybody whom the target waits for, however far.
+    fn collect(&mut self) {
+        let mut left = vec![self.target.clone()];
+        while let Some(owner) = left.pop() {
+            for open in self.open(&owner) {
+                for Blocker { owner: blocker, .. } in self.blockers(&open) {
+                    if self.is_left(&blocker) {
+                        continue;
+                    }
+                    let waits = self.m.waits.of_owner(&blocker);
+                    if !waits.is_empty() {
+                        self.waiting.insert(blocker.clone(), waits);
+                        left.push(blocker);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What an owner waits for; of the target, what it is about to.
+    fn open(&self, owner: &OwnerKey) -> Vec<Open> {
+        let open = |waiter, place, items: Vec<(LockKey, HoldMode)>| {
+            let owner = owner.clone();
+            items.into_iter().map(move |(key, mode)| Open { owner: owner.clone(), waiter, place, key, mode })
+        };
+        if *owner == self.target {
+            return open(None, (self.want.rank, WaiterNumber::MAX), self.want.items.clone()).collect();
+        }
+        let numbers = self.waiting.get(owner).into_iter().flatten();
+        let waits = numbers.filter_map(|number| Some((*number, self.m.waits.get(*number)?)));
+        waits.flat_map(|(number, w)| open(Some(number), (w.rank, number), items_of(w))).collect()
+    }
+
+    /// Nobody any more once there was too much to look at.
+    fn blockers(&mut self, open: &Open) -> Vec<Blocker> {
+        let m = self.m;
+        let mut all = Vec::new();
+        for (_, ahead) in m.waits.queue_between(&open.key.object(), (i64::MIN, 0), open.place) {
+            self.edges += 1;
+            if self.gave_up() {
+                return Vec::new();
+            }
+            let owner = ahead.owner_key();
+            // An earlier wait of the same owner for more of the same is no reason.
+            if owner != open.owner {
+                all.push(Blocker { owner, token: Revision(0), since: ahead.since, permits: None });
+            }
+        }
+        let is_passed = open.waiter.is_some() && self.want.rank < open.place.0;
+        if is_passed && self.want.items.iter().any(|(key, _)| *key == open.key) {
+            all.push(Blocker { owner: self.target.clone(), token: Revision(0), since: m.stamp, permits: None });
+        }
+        let held =
+            |owner, holder: &Holder, permits| Blocker { owner, token: holder.token, since: holder.since, permits };
+        match m.locks.get(&open.key) {
+            None => {}
+            Some(Lock::Plain(plain)) => {
+                let owner = OwnerKey::new(&plain.holder.owner, plain.holder.session);
+                all.push(held(owner, &plain.holder, None));
+            }
+            Some(Lock::Wide(wide)) => {
+                let is_permits = matches!(open.mode, HoldMode::Permits(_));
+                // Readers do not wait for readers.
+                let live = wide.live().filter(|hold| (open.mode, hold.mode) != (HoldMode::Shared, HoldMode::Shared));
+                for hold in live {
+                    self.edges += 1;
+                    let permits = is_permits.then_some(hold.slots.len() as u64);
+                    all.push(held(hold.owner_key(), &hold.holder, permits));
+                }
+            }
+        }
+        if self.gave_up() { Vec::new() } else { all }
+    }
+
+    fn is_left(&self, owner: &OwnerKey) -> bool {
+        *owner == self.target || self.waiting.contains_key(owner)
+    }
+
+    /// Those who are left and keep a wait from its end; nobody if it can end without them.
+    fn in_the_way(&mut self, open: &Open) -> Vec<Blocker> {
+        let mut left = self.blockers(open);
+        left.retain(|blocker| self.is_left(&blocker.owner));
+        if let HoldMode::Permits(permits) = open.mode
+            && left.iter().all(|blocker| blocker.permits.is_some())
+        {
+            let all = self.m.locks.wide(&open.key).map_or(0, |wide| u64::from(wide.shape.permits));
+            let stuck: u64 = left.iter().filter_map(|blocker| blocker.permits).sum();
+            if all.saturating_sub(stuck) >= u64::from(permits.count) {
+                left.clear();
+            }
+        }
+        left
+    }
+
+    fn is_stuck(&mut self, owner: &OwnerKey) -> bool {
+        self.open(owner).iter().any(|open| !self.in_the_way(open).is_empty())
+    }
+
+    /// The shortest way from the target back to it.
+    fn cycle(&mut self) -> Option<Vec<Step>> {
+        let mut came_by: BTreeMap<OwnerKey, Step> = BTreeMap::new();
+        let mut left = VecDeque::from([self.target.clone()]);
+        while let Some(owner) = left.pop_front() {
+            for open in self.open(&owner) {
+                for Blocker { owner: blocker, token, since, .. } in self.in_the_way(&open) {
+                    let Open { owner, waiter, place, key, .. } = &open;
+                    let step = Step {
+                        owner: owner.clone(),
+                        lock: key.clone(),
+                        waiter: *waiter,
+                        rank: place.0,
+                        blocker: blocker.clone(),
+                        token,
+                        since,
+                    };
+                    if blocker == self.target {
+                        return Some(way(step, came_by));
+                    }
+                    if !came_by.contains_key(&blocker) {
+                        came_by.insert(blocker.clone(), step);
+                        left.push_back(blocker);
+                    }
+                }
+            }
+        }
+        None
+    }
+}
+
+/// The steps that led to this one, and it.
+fn way(last: Step, mut came_by: BTreeMap<OwnerKey, Step>) -> Vec<Step> {
+    let mut steps = VecDeque::from([last]);
+    while let Some(step) = steps.front().and_then(|step| came_by.remove(&step.owner)) {
+        steps.push_front(step);
+    }
+    steps.into()
 }
 
 /// Waits of a cycle that the sentence for people names; programs find all of them among the facts.
