@@ -1543,9 +1543,12 @@ impl World {
         }
         // An old request under a session that is gone, or one that its client has counted as answered meanwhile: its outcome cannot be
         // told any more.
-        if let Err(Rejection::SessionExpired { .. } | Rejection::Invalid { .. }) = reply.result
-            && call.unknown
-        {
+        let cannot_be_told = match &reply.result {
+            Err(Rejection::SessionExpired { .. } | Rejection::Invalid { .. }) => true,
+            Err(why) => why.leaves_open(),
+            Ok(_) => false,
+        };
+        if cannot_be_told && call.unknown {
             self.touch_unknown(call);
             return Ok(());
         }

@@ -49,7 +49,11 @@ fn named(id: RequestId) -> RequestId {
 
 /// Answers that say nothing of the request's own outcome: the table is full, or what it knew is gone with the session.
 fn is_about_the_table(result: &Result<TxnReply, Rejection>) -> bool {
-    matches!(result, Err(Rejection::RateLimited { .. } | Rejection::SessionExpired { .. } | Rejection::Mismatch))
+    match result {
+        Err(Rejection::RateLimited { .. } | Rejection::SessionExpired { .. } | Rejection::Mismatch) => true,
+        Err(why) => why.leaves_open(),
+        Ok(_) => false,
+    }
 }
 
 fn same(first: &Result<TxnReply, Rejection>, again: &Result<TxnReply, Rejection>) -> bool {
