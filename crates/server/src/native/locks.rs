@@ -10,7 +10,7 @@ use tenure_machine::{
     DELAY_MAX_MS, HoldInfo, HoldMode, LOCKS_OF_ONE_MAX, LockAcquire, LockAsk, LockEvent, LockEventKind,
     LockForceRelease, LockGrant, LockGranted, LockInfo, LockItem, LockMode, LockOp, LockRelease, LockReply, LockResize,
     MIN_HOLD_MAX_MS, NamespaceId, NativeReply, OnDeadlock, OnExpire, Op, OpReply, PERMITS_MAX, Permits,
-    REASON_BYTES_MAX, RequestId, Revision, SessionCreate, SessionFace, SessionId, Txn, Wait,
+    REASON_BYTES_MAX, RefusalCode, Rejection, RequestId, Revision, SessionCreate, SessionFace, SessionId, Txn, Wait,
 };
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Answer;
