@@ -7,6 +7,7 @@
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prost::Message;
@@ -89,6 +90,8 @@ struct Inner {
     waits: requests::Numbers,
     /// For the calls that do not go over the pipeline: lists, watches. Dialled when first used.
     channels: Vec<Channel>,
+    /// The one of them that served last.
+    served: AtomicUsize,
 }
 
 impl fmt::Debug for Client {
@@ -132,7 +135,8 @@ impl Client {
         let channels = endpoints.iter().map(Endpoint::connect_lazy).collect();
         let pipeline = Pipeline::start(endpoints, options.connect_timeout);
         let [numbers, waits] = [requests::OPEN_MAX, requests::WAITS_SPAN].map(requests::Numbers::new);
-        Ok(Self { inner: Arc::new(Inner { options, pipeline, numbers, waits, channels }) })
+        let served = AtomicUsize::new(0);
+        Ok(Self { inner: Arc::new(Inner { options, pipeline, numbers, waits, channels, served }) })
     }
 
     pub(crate) fn namespace(&self) -> String {
@@ -145,6 +149,24 @@ impl Client {
 
     pub(crate) fn channels(&self) -> &[Channel] {
         &self.inner.channels
+    }
+
+    /// Every channel once with its number, the one that served last first.
+    pub(crate) fn channels_in_turn(&self) -> impl Iterator<Item = (usize, Channel)> + Send + use<> {
+        let inner = self.inner.clone();
+        let (first, count) = (inner.served.load(Ordering::Relaxed), inner.channels.len());
+        (first..first + count).map(move |number| (number % count, inner.channels[number % count].clone()))
+    }
+
+    /// The channel of this number answered: the next one who asks begins with it.
+    pub(crate) fn served_by(&self, number: usize) {
+        self.inner.served.store(number, Ordering::Relaxed);
+    }
+
+    /// How long one channel may go unanswered before the next one is asked. Where there is no other it has all the time.
+    pub(crate) fn share(&self) -> Duration {
+        let timeout = self.inner.options.timeout;
+        if self.inner.channels.len() == 1 { timeout } else { third(timeout) }
     }
 
     /// Gives the pipeline's connection up unless something was heard since `sent`.
@@ -266,12 +288,10 @@ impl Client {
     /// A plan with the client's own timeout.
     pub(crate) fn plan(&self, what: &'static str, changes: bool) -> Plan {
         let timeout = self.inner.options.timeout;
-        // Three tries fit, so that one silent member does not use up the time of all.
-        let try_timeout = (timeout / 3).max(Duration::from_millis(300));
-        Plan { what, changes, until: Instant::now() + timeout, try_timeout: Some(try_timeout) }
+        Plan { what, changes, until: Instant::now() + timeout, try_timeout: Some(third(timeout)) }
     }
 
-    /// Asks each endpoint in turn until one answers; for calls that only read.
+    /// Asks each endpoint in turn until one answers, first the one that did last; for calls that only read.
     pub(crate) async fn read<T, F, Fut>(&self, mut ask: F) -> Result<T, Error>
     where
         F: FnMut(Channel) -> Fut,
@@ -281,14 +301,19 @@ impl Client {
         let mut pause = BACKOFF_MIN;
         loop {
             let mut last = Error::Unavailable { why: "no answer in time".to_owned() };
-            for channel in &self.inner.channels {
-                match timeout_at(until, ask(channel.clone())).await {
-                    Ok(Ok(response)) => return Ok(response.into_inner()),
+            for (number, channel) in self.channels_in_turn() {
+                match timeout_at(until.min(Instant::now() + self.share()), ask(channel)).await {
+                    Ok(Ok(response)) => {
+                        self.served_by(number);
+                        return Ok(response.into_inner());
+                    }
                     Ok(Err(status)) => last = of_read(&status),
-                    Err(_) => return Err(last),
+                    Err(_) if Instant::now() >= until => return Err(last),
+                    Err(_) => last = Error::Unavailable { why: "no answer in time".to_owned() },
                 }
                 let elsewhere = matches!(&last, Error::Unavailable { .. }) || last.code() == Some(Code::NoQuorum);
                 if !elsewhere {
+                    self.served_by(number);
                     return Err(last);
                 }
             }
@@ -319,6 +344,11 @@ impl Client {
     pub(crate) fn sessions(&self, channel: Channel) -> v1::sessions_client::SessionsClient<Channel> {
         v1::sessions_client::SessionsClient::new(channel).max_decoding_message_size(RECEIVE_BYTES)
     }
+}
+
+/// Three tries fit, so that one silent member does not use up the time of all.
+fn third(timeout: Duration) -> Duration {
+    (timeout / 3).max(Duration::from_millis(300))
 }
 
 /// How a call is tried.
@@ -364,8 +394,7 @@ impl Tries {
     /// The server judged this try. An earlier one under the same id would have been answered from memory, so the judgement holds for
     /// all of them, except where the memory itself is gone.
     fn refused(&self, mut problem: Problem) -> Error {
-        let memory_gone = matches!(problem.code, Code::SessionExpired | Code::RateLimited);
-        if self.sent && self.plan.changes && memory_gone {
+        if self.sent && self.plan.changes && tells_nothing_of_earlier_tries(problem.code) {
             problem.outcome = Outcome::Unknown;
         }
         Error::Refused(Box::new(problem))
@@ -388,6 +417,11 @@ impl Tries {
         // Up to a quarter less, so that callers who failed together do not come back together.
         pause - pause / 4 * u32::from(requests::jitter()) / 255
     }
+}
+
+/// Refusals that a server may come to before it looks whether it knows the id, or after it has forgotten it.
+pub(crate) fn tells_nothing_of_earlier_tries(code: Code) -> bool {
+    matches!(code, Code::SessionExpired | Code::RateLimited | Code::Quota)
 }
 
 fn endpoint(text: &str, options: &ClientOptions) -> Result<Endpoint, Error> {
@@ -505,8 +539,12 @@ mod tests {
         change.lost("broken".into());
         let fenced = change.refused(Problem { code: Code::Fenced, ..Problem::default() });
         assert_eq!(fenced.outcome(), Outcome::NotApplied);
-        let expired = change.refused(Problem { code: Code::SessionExpired, ..Problem::default() });
-        assert_eq!(expired.outcome(), Outcome::Unknown);
+        for code in [Code::SessionExpired, Code::RateLimited, Code::Quota] {
+            let unclear = change.refused(Problem { code, ..Problem::default() });
+            assert_eq!(unclear.outcome(), Outcome::Unknown, "{code}");
+            let first = tries(true).refused(Problem { code, ..Problem::default() });
+            assert_eq!(first.outcome(), Outcome::NotApplied, "{code}");
+        }
     }
 
     #[test]

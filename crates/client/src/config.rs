@@ -876,13 +876,20 @@ fn store(cache: Option<&Path>, version: &ConfigVersion) {
 fn write(file: &Path, version: &ConfigVersion) -> io::Result<()> {
     let mut text = format!("{MAGIC}\n{}\n{}\n{}\n", version.version, version.revision, version.key).into_bytes();
     text.extend_from_slice(&version.content);
-    let beside = file.with_extension("new");
+    let beside = beside(file);
     let mut new = fs::File::create(&beside)?;
     new.write_all(hex(&Sha256::digest(&text)).as_bytes())?;
     new.write_all(b"\n")?;
     new.write_all(&text)?;
     new.sync_all()?;
     fs::rename(&beside, file)
+}
+
+/// The name has all of the file's own, so that no two files share one.
+fn beside(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
 }
 
 /// `None`: there is none, or it is damaged, or of another key.
@@ -919,7 +926,10 @@ mod tests {
         let content = Bytes::from_static(b"a\nb\n\xff");
         let version = ConfigVersion { key: "app".into(), version: 3, revision: 9, content, ..Default::default() };
         assert_eq!(load(&file, "app"), None);
+        // What is being written for `app.flags`, or what anybody else has there, is not touched.
+        fs::write(folder.join("app.new"), "flags").unwrap();
         write(&file, &version).unwrap();
+        assert_eq!(fs::read(folder.join("app.new")).unwrap(), b"flags");
         assert_eq!(load(&file, "app"), Some(version.clone()));
         assert_eq!(load(&file, "other"), None);
         let whole = fs::read(&file).unwrap();

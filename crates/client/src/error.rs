@@ -208,6 +208,10 @@ pub(crate) fn of_read(status: &tonic::Status) -> Error {
     if let Some(problem) = problem_of(status) {
         return Error::Refused(Box::new(problem));
     }
+    // With a source it is not the server's word: the connection broke, or the stream was reset.
+    if std::error::Error::source(status).is_some() {
+        return Error::Unavailable { why: status.message().to_owned() };
+    }
     let code = match status.code() {
         tonic::Code::Unavailable | tonic::Code::DeadlineExceeded => {
             return Error::Unavailable { why: status.message().to_owned() };
@@ -355,6 +359,16 @@ mod tests {
         let table = include_str!("../../../tests/errors.txt");
         for code in table.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split(' ').next()) {
             assert_ne!(Code::from_name(code), Code::Other, "{code}");
+        }
+    }
+
+    #[test]
+    fn a_broken_connection_is_no_word_of_the_server() {
+        for code in [tonic::Code::Unknown, tonic::Code::Internal, tonic::Code::Cancelled] {
+            let mut status = tonic::Status::new(code, "transport error");
+            assert!(matches!(of_read(&status), Error::Protocol(_)), "{code:?}");
+            status.set_source(std::sync::Arc::new(std::io::Error::other("reset")));
+            assert!(matches!(of_read(&status), Error::Unavailable { .. }), "{code:?}");
         }
     }
 

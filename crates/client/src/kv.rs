@@ -515,14 +515,16 @@ impl Range<'_> {
         self
     }
 
-    /// Reads all pages, at the revision of the first.
+    /// Reads all pages, at the revision that was asked for, or else that of the first.
     ///
     /// # Errors
     /// As a single page; [`Code::Compacted`](crate::Code::Compacted) if the first page's revision is compacted away before the last page is read.
     pub async fn all(self) -> Result<RangeReply, Error> {
         let mut whole = self.clone().run().await?;
+        // A page of the past is headed by the revision of now.
+        let at = if self.request.revision > 0 { self.request.revision } else { whole.revision };
         while !whole.next.is_empty() {
-            let page = self.clone().at(whole.revision).resume(whole.next).run().await?;
+            let page = self.clone().at(at).resume(whole.next).run().await?;
             whole.records.extend(page.records);
             whole.next = page.next;
         }

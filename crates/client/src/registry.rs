@@ -6,25 +6,27 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tenure_wire::tenure::v1;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::Channel;
 use v1::services_client::ServicesClient;
 
-use crate::client::{Client, all_pages};
+use crate::client::{Client, RETRY_MAX, RequestId, all_pages, tells_nothing_of_earlier_tries};
 use crate::clock::millis;
-use crate::error::{Code, Error, of_read};
+use crate::error::{Code, Error, Outcome, of_read};
 use crate::kv::carried_out;
 use crate::pipeline::RECEIVE_BYTES;
 use crate::requests;
 use crate::session::Session;
 
+const REGISTER: &str = "/tenure.v1.Services/Register";
+const REGISTER_PLAN: &str = "register instance";
 /// Of a registration that says nothing of its health.
 const TTL_DEFAULT: Duration = Duration::from_secs(15);
 /// How often a registration that is probed looks whether it is still there.
@@ -547,6 +549,7 @@ impl Registering<'_> {
             token: watch::Sender::new(reply.token),
             health: watch::Sender::new((Health::Passing, String::new())),
             replaced: watch::Sender::new(false),
+            unanswered: Mutex::new(None),
         });
         // One under a session alone is there as long as that is.
         let keeper = match ttl {
@@ -574,6 +577,9 @@ struct Core {
     /// What heartbeats tell.
     health: watch::Sender<(Health, String)>,
     replaced: watch::Sender<bool>,
+    /// The id of a registration that was made anew without an answer, and since when. Under the same id it is answered, and not made once more: nothing
+    /// else tells it from one that somebody else made.
+    unanswered: Mutex<Option<(Arc<RequestId>, Instant)>>,
 }
 
 impl fmt::Debug for Registered {
@@ -653,13 +659,12 @@ impl Registered {
     /// When the outcome is unknown.
     pub async fn deregister(self) -> Result<(), Error> {
         self.leave_on_drop();
-        let request = &self.core.request;
         if let Some(keeper) = &self.keeper {
             keeper.abort();
         }
-        match deregister(&self.core.client, request.service.clone(), request.instance.clone(), self.token()).await {
+        match self.core.leave().await {
             Err(error) if error.code() == Some(Code::Fenced) => Ok(()),
-            result => result.map(drop),
+            result => result,
         }
     }
 }
@@ -672,11 +677,10 @@ impl Drop for Registered {
         if self.leave_on_drop.load(Ordering::Relaxed) {
             return;
         }
-        let (client, token) = (self.core.client.clone(), self.token());
-        let (service, instance) = (self.core.request.service.clone(), self.core.request.instance.clone());
+        let core = self.core.clone();
         // Outside of a runtime nothing can be sent: its check or its session ends it.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { deregister(&client, service, instance, token).await });
+            runtime.spawn(async move { core.leave().await });
         }
     }
 }
@@ -696,6 +700,9 @@ impl Core {
 
     /// One heartbeat; registers anew what was deregistered. False when somebody else is registered in its place.
     async fn tell(&self) -> Result<bool, Error> {
+        if !self.is_settled().await? {
+            return Ok(false);
+        }
         let (health, why) = self.health.borrow().clone();
         match heartbeat(&self.client, &self.beat(health, why.clone())).await {
             Ok(_) => return Ok(true),
@@ -712,6 +719,9 @@ impl Core {
 
     /// Registers anew if it is not registered any more. False when somebody else is registered in its place.
     async fn look(&self) -> Result<bool, Error> {
+        if !self.is_settled().await? {
+            return Ok(false);
+        }
         let found = self.client.registry().find(&self.request.service).all().await?;
         match found.instances.iter().find(|one| one.instance == self.request.instance) {
             Some(one) => Ok(one.token == *self.token.borrow()),
@@ -720,7 +730,28 @@ impl Core {
     }
 
     async fn again(&self) -> Result<bool, Error> {
-        match register(&self.client, &self.request).await {
+        let earlier = self.unanswered();
+        let is_first = earlier.is_none();
+        let id = match earlier {
+            Some(id) => id,
+            None => Arc::new(self.client.request_id()?),
+        };
+        if is_first {
+            // Before it is sent: who waits for the answer may be dropped.
+            self.note_unanswered(Some((id.clone(), Instant::now())));
+        }
+        let plan = self.client.plan(REGISTER_PLAN, true);
+        let result: Result<v1::ServiceRegisterReply, _> =
+            self.client.change_as(&id, plan, REGISTER, &self.request).await;
+        let is_judged = match &result {
+            Ok(_) => true,
+            Err(error) if is_first => error.outcome() == Outcome::NotApplied,
+            Err(error) => error.code().is_some_and(|code| !tells_nothing_of_earlier_tries(code)),
+        };
+        if is_judged {
+            self.note_unanswered(None);
+        }
+        match result {
             Ok(reply) => {
                 self.token.send_replace(reply.token);
                 Ok(true)
@@ -728,6 +759,32 @@ impl Core {
             Err(error) if error.code() == Some(Code::Held) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Has a registration answered that was not. False when somebody else is registered in its place.
+    async fn is_settled(&self) -> Result<bool, Error> {
+        if self.unanswered().is_some() { self.again().await } else { Ok(true) }
+    }
+
+    fn unanswered(&self) -> Option<Arc<RequestId>> {
+        let mut unanswered = self.unanswered.lock().unwrap_or_else(PoisonError::into_inner);
+        // Later it may be forgotten, and would be made once more.
+        unanswered.take_if(|(_, since)| since.elapsed() >= RETRY_MAX);
+        unanswered.as_ref().map(|(id, _)| id.clone())
+    }
+
+    fn note_unanswered(&self, id: Option<(Arc<RequestId>, Instant)>) {
+        *self.unanswered.lock().unwrap_or_else(PoisonError::into_inner) = id;
+    }
+
+    async fn leave(&self) -> Result<(), Error> {
+        match self.is_settled().await {
+            Ok(false) => return Ok(()),
+            Err(error) if error.code().is_none() => return Err(error),
+            _ => {}
+        }
+        let (service, instance, token) = (&self.request.service, &self.request.instance, *self.token.borrow());
+        deregister(&self.client, service.clone(), instance.clone(), token).await.map(drop)
     }
 }
 
@@ -751,7 +808,7 @@ async fn keep(core: Arc<Core>, every: Duration, beats: bool) {
 }
 
 async fn register(client: &Client, request: &v1::ServiceRegisterRequest) -> Result<v1::ServiceRegisterReply, Error> {
-    client.change(client.plan("register instance", true), "/tenure.v1.Services/Register", request).await
+    client.change(client.plan(REGISTER_PLAN, true), REGISTER, request).await
 }
 
 async fn deregister(client: &Client, service: String, instance: String, token: u64) -> Result<bool, Error> {
@@ -960,9 +1017,12 @@ async fn follow(
 async fn open_anywhere(client: &Client, filter: &Filter) -> Result<(State, Answers), Error> {
     let mut pause = Duration::from_millis(20);
     loop {
-        for channel in client.channels() {
-            match open(client, channel.clone(), filter).await {
-                Ok(opened) => return Ok(opened),
+        for (number, channel) in client.channels_in_turn() {
+            match open(client, channel, filter).await {
+                Ok(opened) => {
+                    client.served_by(number);
+                    return Ok(opened);
+                }
                 Err(Error::Unavailable { .. }) => {}
                 Err(error) if error.code() == Some(Code::NoQuorum) => {}
                 Err(error) => return Err(error),
@@ -985,7 +1045,7 @@ async fn open(client: &Client, channel: Channel, filter: &Filter) -> Result<(Sta
         state.take(first);
         Ok((state, stream))
     };
-    timeout(client.timeout(), opening).await.unwrap_or_else(|_| Err(silent()))
+    timeout(client.share(), opening).await.unwrap_or_else(|_| Err(silent()))
 }
 
 fn services(channel: Channel) -> ServicesClient<Channel> {

@@ -23,7 +23,7 @@ use crate::pipeline::RECEIVE_BYTES;
 
 /// Longest pause between two tries to reconnect.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
-/// How long one member may take to take the watch up.
+/// How long one member may take at most to take the watch up.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What happened to a key.
@@ -251,15 +251,19 @@ where
     Fut: Future<Output = Result<(S, Option<A>), tonic::Status>>,
 {
     let mut why = String::new();
-    for channel in client.channels() {
-        match timeout(OPEN_TIMEOUT, open(channel.clone())).await {
-            Ok(Ok((stream, Some(first)))) => return Ok((stream, first)),
+    let limit = OPEN_TIMEOUT.min(client.share());
+    for (number, channel) in client.channels_in_turn() {
+        match timeout(limit, open(channel)).await {
+            Ok(Ok((stream, Some(first)))) => {
+                client.served_by(number);
+                return Ok((stream, first));
+            }
             Ok(Ok((_, None))) => why = "the server closed the stream".to_owned(),
             Ok(Err(status)) => {
                 lasting(&status)?;
                 why = status.message().to_owned();
             }
-            Err(_) => why = format!("no answer within {OPEN_TIMEOUT:?}"),
+            Err(_) => why = format!("no answer within {limit:?}"),
         }
     }
     Err(Error::Unavailable { why })

@@ -8,11 +8,12 @@ use std::collections::HashSet;
 use std::future::IntoFuture as _;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
-use tenure_client::{BootTime, Client, ClientOptions, Code, Error, LeaseState, LostReason, Outcome};
+use tenure_client::{BootTime, Client, ClientOptions, Code, Error, LeaseState, LostReason, Outcome, ServiceCheck};
+use tenure_wire::etcd::etcdserverpb as pb;
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::reply::Result as Reply;
 use tenure_wire::tenure::v1::request::Call;
@@ -103,12 +104,64 @@ fn next_message(buffer: &mut BytesMut) -> Option<Bytes> {
 
 fn answer(send: &Mutex<h2::SendStream<Bytes>>, id: u64, result: Reply) {
     let replies = v1::Replies { replies: vec![v1::Reply { id, result: Some(result) }], header: None };
+    // The connection may be gone by then.
+    let _ = send.lock().unwrap().send_data(frame(&replies), false);
+}
+
+fn frame(message: &impl Message) -> Bytes {
     let mut frame = BytesMut::new();
     frame.put_u8(0);
-    frame.put_u32(u32::try_from(replies.encoded_len()).unwrap());
-    replies.encode(&mut frame).unwrap();
-    // The connection may be gone by then.
-    let _ = send.lock().unwrap().send_data(frame.freeze(), false);
+    frame.put_u32(u32::try_from(message.encoded_len()).unwrap());
+    message.encode(&mut frame).unwrap();
+    frame.freeze()
+}
+
+/// A member that is stopped: the system takes connections for it, and nobody answers.
+async fn frozen() -> (SocketAddr, TcpListener) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    (listener.local_addr().unwrap(), listener)
+}
+
+/// Serves calls that do not go over the pipeline: the first answer by the path of the method. Streams stay open; where there is no answer the
+/// connection breaks.
+async fn serve_paths(script: fn(&str) -> Option<Bytes>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(socket).await.unwrap();
+                let mut open = Vec::new();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    let path = request.uri().path().to_owned();
+                    let Some(answer) = script(&path) else { return };
+                    let head = http::Response::builder().header("content-type", "application/grpc").body(()).unwrap();
+                    let mut send = respond.send_response(head, false).unwrap();
+                    send.send_data(answer, false).unwrap();
+                    if path.ends_with("/Watch") {
+                        open.push((request, send));
+                    } else {
+                        send.send_trailers(http::HeaderMap::from_iter([(
+                            http::HeaderName::from_static("grpc-status"),
+                            http::HeaderValue::from_static("0"),
+                        )]))
+                        .unwrap();
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+/// A member that serves them.
+fn live(path: &str) -> Option<Bytes> {
+    Some(match path {
+        "/etcdserverpb.Watch/Watch" => frame(&pb::WatchResponse { created: true, ..Default::default() }),
+        "/tenure.v1.Services/Watch" => frame(&v1::ServiceWatchReply { whole: true, index: 7, ..Default::default() }),
+        "/tenure.v1.Queues/Get" => frame(&v1::QueueGetReply::default()),
+        other => panic!("{other}"),
+    })
 }
 
 fn put_reply(revision: u64, replayed: bool) -> Reply {
@@ -374,4 +427,82 @@ async fn guards_of_one_session_are_owners_of_their_own() {
         assert_eq!(session.lock("l").await.unwrap_err().code(), Some(Code::Held));
     }
     assert_eq!(owners.lock().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn a_read_goes_past_a_frozen_member_and_then_begins_behind_it() {
+    let ((stopped, _held), live) = (frozen().await, serve_paths(live).await);
+    let client = client(&[stopped, live], 3_000);
+    client.queue("q").info().await.unwrap();
+    let before = Instant::now();
+    client.queue("q").info().await.unwrap();
+    assert!(before.elapsed() < Duration::from_millis(800), "asked the frozen one again: {:?}", before.elapsed());
+}
+
+#[tokio::test]
+async fn a_watch_and_a_cache_go_past_a_frozen_member() {
+    let ((stopped, _held), live) = (frozen().await, serve_paths(live).await);
+    client(&[stopped, live], 3_000).watch("k").await.unwrap();
+    let followed = client(&[stopped, live], 3_000).registry().follow("web").await.unwrap();
+    assert_eq!(followed.now().index, 7);
+}
+
+#[tokio::test]
+async fn a_read_goes_on_where_the_connection_broke_under_it() {
+    let (killed, live) = (serve_paths(|_| None).await, serve_paths(live).await);
+    client(&[killed, live], 3_000).queue("q").info().await.unwrap();
+    let error = client(&[killed], 300).queue("q").info().await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+}
+
+/// A registration is lapsed, made anew without an answer, and found again under the id of that try: it is nobody else's.
+#[tokio::test]
+async fn a_registration_made_anew_without_an_answer_is_not_taken_for_somebody_elses() {
+    let registered = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&registered);
+    let (told, mut beats) = mpsc::unbounded_channel();
+    let unary = |message: &dyn Fn(&mut BytesMut)| {
+        let mut body = BytesMut::new();
+        message(&mut body);
+        Act::Answer(Reply::Unary(body.freeze()))
+    };
+    let address = serve(move |call| {
+        let Call::Unary(call) = call else { panic!("{call:?}") };
+        let mut seen = seen.lock().unwrap();
+        match call.method.as_str() {
+            "/tenure.v1.Services/Register" => {
+                seen.push(v1::ServiceRegisterRequest::decode(call.body).unwrap().request.unwrap());
+                let token = [5, 0, 9][seen.len() - 1];
+                if token == 0 {
+                    return Act::Silence;
+                }
+                let reply = v1::ServiceRegisterReply { token, ..Default::default() };
+                unary(&|body| reply.encode(body).unwrap())
+            }
+            "/tenure.v1.Services/Heartbeat" => {
+                let token = v1::ServiceHeartbeatRequest::decode(call.body).unwrap().token;
+                match (seen.len(), token) {
+                    (1, 5) => Act::Answer(refusal("NOT_FOUND", v1::Outcome::NotApplied)),
+                    (_, 9) => {
+                        told.send(()).unwrap();
+                        unary(&|body| v1::ServiceHeartbeatReply::default().encode(body).unwrap())
+                    }
+                    _ => Act::Answer(refusal("FENCED", v1::Outcome::NotApplied)),
+                }
+            }
+            _ => Act::Silence,
+        }
+    })
+    .await;
+    let registry = client(&[address], 5_000).registry();
+    let check = ServiceCheck::ttl(Duration::from_millis(600));
+    let kept = registry.register("web", "a", "10.0.0.1", 80).check(check).await.unwrap();
+    tokio::select! {
+        () = kept.replaced() => panic!("its own registration was taken for somebody else's"),
+        beat = tokio::time::timeout(Duration::from_secs(5), beats.recv()) => beat.unwrap().unwrap(),
+    }
+    assert_eq!(kept.token(), 9);
+    let registered = registered.lock().unwrap();
+    assert_eq!(registered.len(), 3);
+    assert_eq!(registered[1].id, registered[2].id);
 }
