@@ -34,6 +34,7 @@ async fn serve(layer: IdempotencyLayer, orders: Arc<AtomicU64>) -> String {
         .route("/orders", post(slow).get(|| async { "all" }))
         .route("/status", post(status))
         .route("/large", post(|| async { "x".repeat(300_000) }))
+        .route("/linked", post(|| async { ([("link", "x".repeat(17_000))], "made") }))
         .route("/free", get(|| async { "free" }))
         .layer(layer);
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -132,6 +133,11 @@ async fn a_service_runs_each_key_once() {
     let first = ask(&address, "POST", "/large", "idempotency-key: big\r\n", "").await;
     assert_eq!((first.status, first.body.len()), (200, 300_000));
     let second = ask(&address, "POST", "/large", "idempotency-key: big\r\n", "").await;
+    assert_eq!((second.status, &*kind(&second)), (409, "result-not-retained"));
+    // So it is with headers, which the service refuses to store.
+    let first = ask(&address, "POST", "/linked", "idempotency-key: links\r\n", "").await;
+    assert_eq!((first.status, &*first.body), (200, "made"));
+    let second = ask(&address, "POST", "/linked", "idempotency-key: links\r\n", "").await;
     assert_eq!((second.status, &*kind(&second)), (409, "result-not-retained"));
 }
 

@@ -20,11 +20,12 @@ use crate::client::{Client, RequestId, all_pages};
 use crate::clock::millis;
 use crate::error::{Code, Error, Outcome, of_read};
 use crate::lease::{LeaseState, LostReason};
+use crate::lock::Unclaimed;
 use crate::session::Session;
 
 /// "For ever", in a form that can be added to a clock.
 const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
-/// Between two tries to withdraw, and of an observer to connect again.
+/// Between two tries to withdraw or to resign, and of an observer to connect again.
 const AGAIN: Duration = Duration::from_millis(300);
 
 impl Client {
@@ -119,19 +120,19 @@ impl Election {
         let (answer, outcome) = oneshot::channel();
         // A task of its own, so that dropping this future does not drop the duty to withdraw.
         tokio::spawn(campaign(session.clone(), id, request, self.wait.unwrap_or(FOR_EVER), answer));
-        let token = outcome
+        let leader = outcome
             .await
-            .unwrap_or_else(|_| Err(Error::Protocol("the task of the campaign ended early".to_owned())))?;
-        let led = Led { session: session.clone(), name: self.name.clone(), token };
+            .unwrap_or_else(|_| Err(Error::Protocol("the task of the campaign ended early".to_owned())))?
+            .claim();
         // The election may have been told to a process that slept through its lease.
         session.check()?;
-        Ok(Leadership { led: Arc::new(led) })
+        Ok(leader)
     }
 
     /// Campaigns, then runs `work` for as long as this process leads, then resigns. Ends with what the work gave.
     ///
     /// The order is: the work has ended, then the lead is given up. When the session is lost the work is dropped at its next await, so let
-    /// it await often, or call [`Leadership::check`].
+    /// it await often, or call [`Leadership::check`]. When this future is dropped, or the work panics, the lead is resigned in the background.
     ///
     /// # Errors
     /// Those of [`Election::campaign`]; [`Error::Lost`] if the lead was lost while the work ran, or before it was resigned.
@@ -141,6 +142,8 @@ impl Election {
         W: Future<Output = T>,
     {
         let leader = self.campaign(session).await?;
+        // Made before the work, so dropped after it: resigns where nothing below is reached.
+        let unresigned = leader.clone().unclaimed();
         let done = {
             let work = work(leader.clone());
             tokio::select! {
@@ -151,7 +154,14 @@ impl Election {
         };
         // Here the work has returned or was dropped.
         let done = done?;
-        leader.resign().await?;
+        match leader.resign().await {
+            // It goes on in the background.
+            Err(error) if error.retryable() => return Err(error),
+            resigned => {
+                drop(unresigned.claim());
+                resigned?;
+            }
+        }
         Ok(done)
     }
 
@@ -185,7 +195,7 @@ async fn campaign(
     _id: RequestId,
     request: v1::CampaignRequest,
     wait: Duration,
-    mut answer: oneshot::Sender<Result<u64, Error>>,
+    mut answer: oneshot::Sender<Result<Unclaimed<Leadership>, Error>>,
 ) {
     let client = session.client().clone();
     let plan = client.patient_plan("campaign", wait.min(FOR_EVER));
@@ -198,17 +208,16 @@ async fn campaign(
     };
     let result = tokio::select! {
         reply = client.unary::<_, v1::CampaignReply>(plan, "/tenure.v1.Elections/Campaign", &request) => {
-            reply.map(|reply| reply.token)
+            // The caller may leave in the very moment of its election.
+            reply.map(|reply| Leadership::of(&session, &request.name, reply.token).unclaimed())
         }
         reason = session.lost() => Err(Error::Lost(reason)),
         () = answer.closed() => return withdraw(&session, place).await,
     };
     let is_unknown = matches!(&result, Err(error) if error.outcome() == Outcome::Unknown);
-    match answer.send(result) {
-        // The caller left in the very moment of its election.
-        Err(Ok(_)) => withdraw(&session, place).await,
-        _ if is_unknown => withdraw(&session, place).await,
-        _ => {}
+    drop(answer.send(result));
+    if is_unknown {
+        withdraw(&session, place).await;
     }
 }
 
@@ -221,10 +230,7 @@ async fn withdraw(session: &Session, place: v1::WithdrawRequest) {
         let plan = client.plan("withdraw", true);
         match client.change::<_, v1::WithdrawReply>(plan, "/tenure.v1.Elections/Withdraw", &place).await {
             Ok(v1::WithdrawReply { result: Some(v1::withdraw_reply::Result::Elected(elected)), .. }) => {
-                if let Err(error) = resign(client, &place.name, elected.token, 0).await {
-                    tracing::debug!(election = place.name, %error, "an unwanted lead was left to the ttl of its session");
-                }
-                return;
+                return resign_to_the_end(Leadership::of(session, &place.name, elected.token)).await;
             }
             Ok(_) => return,
             Err(error) if error.code() == Some(Code::SessionExpired) => return,
@@ -232,6 +238,17 @@ async fn withdraw(session: &Session, place: v1::WithdrawRequest) {
             Err(error) if error.code() == Some(Code::NotFound) => not_found += 1,
             Err(error) => tracing::debug!(election = place.name, %error, "the candidate is not withdrawn yet"),
         }
+        sleep(AGAIN).await;
+    }
+}
+
+/// Resigns until told that it is done, or that another leads; or until the session is over.
+async fn resign_to_the_end(leader: Leadership) {
+    while let Err(error) = leader.clone().resign().await {
+        if !error.retryable() {
+            return;
+        }
+        tracing::debug!(election = leader.name(), %error, "an unwanted lead is not resigned yet");
         sleep(AGAIN).await;
     }
 }
@@ -258,6 +275,15 @@ struct Led {
 }
 
 impl Leadership {
+    fn of(session: &Session, name: &str, token: u64) -> Self {
+        Self { led: Arc::new(Led { session: session.clone(), name: name.to_owned(), token }) }
+    }
+
+    /// Resigned when it is dropped.
+    fn unclaimed(self) -> Unclaimed<Self> {
+        Unclaimed::new(self, |leader| Box::pin(resign_to_the_end(leader)))
+    }
+
     /// The fencing token: larger than that of every earlier leader. Give it to what this leader writes to.
     #[must_use]
     pub fn token(&self) -> u64 {

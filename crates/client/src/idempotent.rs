@@ -2,7 +2,7 @@
 //!
 //! Promises. Of all who run a key at most one is granted it at a time, whatever the number of processes; the others get its stored result, or are
 //! told that it runs. What was completed is replayed byte for byte until its retention is over. A running attempt is kept alive by heartbeats until its
-//! [`Attempt`] and every clone of it is dropped.
+//! [`Attempt`] and every clone of it is dropped. Where the caller of a begin has gone before its grant came, the key is given free again.
 //! Not promised. That the work itself runs once: an attempt whose process stalls past its lease may be followed by another while it is still at work. Give
 //! its [`Attempt::token`] to whatever checks it, keep checkpoints before and after effects, or forbid the takeover ([`Idempotent::takeover`]).
 //! Relies on. `begin` and every ending carry a request id, so a lost answer starts nothing twice.
@@ -17,11 +17,12 @@ use sha2::{Digest, Sha256};
 use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::idempotency_begin_reply::Result as Begin;
 use tenure_wire::tenure::v1::idempotency_client::IdempotencyClient;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
-use crate::client::Client;
+use crate::client::{Client, RequestId};
 use crate::clock::millis;
-use crate::error::{Code, Error, Problem};
+use crate::error::{Code, Error, Outcome, Problem};
+use crate::lock::Unclaimed;
 use crate::pipeline::RECEIVE_BYTES;
 
 /// Bodies above this are not kept: a replay says so instead.
@@ -29,6 +30,9 @@ pub const BODY_BYTES_MAX: usize = 256 << 10;
 /// The shortest lease of an attempt.
 const TTL_MIN: Duration = Duration::from_secs(1);
 const TTL_DEFAULT: Duration = Duration::from_secs(60);
+/// How often an unwanted attempt is looked for and given free, and the pause between. Then its lease ends it.
+const GIVE_FREE_TRIES: usize = 5;
+const AGAIN: Duration = Duration::from_millis(300);
 
 /// The key of one step of a larger operation: stable over attempts, different for each parent and step.
 ///
@@ -129,6 +133,13 @@ impl StoredResult {
     #[must_use]
     pub fn status(self, status: u32) -> Self {
         Self { status, ..self }
+    }
+
+    /// What is kept where the whole cannot be.
+    fn noted(&self) -> Self {
+        let of_body = || NotRetained { size: self.body.len() as u64, sha256: Sha256::digest(&self.body).to_vec() };
+        let not_retained = self.not_retained.clone().unwrap_or_else(of_body);
+        Self { status: self.status, not_retained: Some(not_retained), ..Self::default() }
     }
 
     pub(crate) fn wire(&self) -> v1::IdempotencyResult {
@@ -402,6 +413,39 @@ impl Idempotent {
     /// # Errors
     /// [`Code::Mismatch`], [`Code::NeedsReconcile`], [`Code::ResultNotRetained`], [`Code::Quota`], [`Code::Invalid`].
     pub async fn begin(&self, key: &str) -> Result<Begun, Error> {
+        let (answer, outcome) = oneshot::channel();
+        let (records, key) = (self.clone(), key.to_owned());
+        // A task of its own, so that dropping this future does not drop the duty to give a late grant free.
+        tokio::spawn(async move {
+            let id = if records.wait.is_zero() { records.client.request_id() } else { records.client.wait_id() };
+            let id = match id {
+                Ok(id) => id,
+                Err(error) => return drop(answer.send(Err(error))),
+            };
+            let begun = records.begin_as(&id, &key).await;
+            let unknown = matches!(&begun, Err(error) if error.outcome() == Outcome::Unknown);
+            drop(answer.send(begun.map(|begun| Unclaimed::new(begun, |it| Box::pin(unwanted(it))))));
+            if unknown {
+                records.give_up(&id, &key).await;
+            }
+        });
+        let ended = |_| Err(Error::Protocol("the task of the begin ended early".to_owned()));
+        outcome.await.unwrap_or_else(ended).map(Unclaimed::claim)
+    }
+
+    /// Asks again under the id of a begin that was not answered, and gives free what that brings.
+    async fn give_up(&self, id: &RequestId, key: &str) {
+        for _ in 0..GIVE_FREE_TRIES {
+            match self.begin_as(id, key).await {
+                Ok(begun) => return unwanted(begun).await,
+                Err(Error::Refused(_)) => return,
+                Err(error) => tracing::debug!(%error, key, "whether the key was granted is not known yet"),
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    async fn begin_as(&self, id: &RequestId, key: &str) -> Result<Begun, Error> {
         let request = v1::IdempotencyBeginRequest {
             scope: self.scope.clone(),
             key: key.to_owned(),
@@ -414,10 +458,9 @@ impl Idempotent {
             namespace: self.client.namespace(),
             request: None,
         };
-        let id = if self.wait.is_zero() { self.client.request_id()? } else { self.client.wait_id()? };
         let plan = self.client.patient_plan("idempotency begin", self.wait);
         let reply: v1::IdempotencyBeginReply =
-            self.client.change_as(&id, plan, "/tenure.v1.Idempotency/Begin", &request).await?;
+            self.client.change_as(id, plan, "/tenure.v1.Idempotency/Begin", &request).await?;
         match reply.result {
             Some(Begin::Granted(granted)) => Ok(Begun::Granted(self.granted(key, granted).await?)),
             Some(Begin::InFlight(flight)) => Ok(Begun::InFlight(InFlight {
@@ -441,13 +484,19 @@ impl Idempotent {
     }
 
     async fn granted(&self, key: &str, granted: v1::IdempotencyGranted) -> Result<Attempt, Error> {
+        let mut attempt = self.attempt(key, granted.attempt);
         let checkpoints = if granted.more_checkpoints {
-            self.get(key).await?.checkpoints
+            match self.get(key).await {
+                Ok(record) => record.checkpoints,
+                Err(error) => {
+                    unwanted(Begun::Granted(attempt)).await;
+                    return Err(error);
+                }
+            }
         } else {
             granted.checkpoints.into_iter().map(Checkpoint::from).collect()
         };
         let ttl = Duration::from_millis(granted.attempt_ttl_ms);
-        let mut attempt = self.attempt(key, granted.attempt);
         let inner = Arc::get_mut(&mut attempt.inner).expect("nobody else has it yet");
         (inner.number, inner.checkpoints) = (granted.attempt_no, checkpoints);
         let (fenced, watching) = watch::channel(None);
@@ -466,7 +515,8 @@ impl Idempotent {
     }
 
     /// Runs `work` unless it has run: begins the key, keeps the attempt alive, and ends it with what the work gave. An attempt that is fenced is
-    /// cancelled. A retryable failure gives the key free at once.
+    /// cancelled. A retryable failure gives the key free at once. A result that the service does not take (see [`StoredResult`]) counts as run: it is
+    /// given back here, and who asks later is told [`Code::ResultNotRetained`].
     ///
     /// # Errors
     /// As [`Idempotent::begin`], and [`RunError::InFlight`] where somebody else runs it for longer than [`Idempotent::wait`].
@@ -488,11 +538,11 @@ impl Idempotent {
         };
         match outcome {
             Ok(result) => {
-                attempt.complete(&result).await?;
+                attempt.finish(&result, false).await?;
                 Ok(Ran { result, replayed: false, failed: false })
             }
             Err(Failure::Final(result)) => {
-                attempt.fail(&result).await?;
+                attempt.finish(&result, true).await?;
                 Ok(Ran { result, replayed: false, failed: true })
             }
             Err(Failure::Retryable(error)) => {
@@ -805,6 +855,22 @@ impl Attempt {
         self.end(v1::idempotency_fail_request::How::Final(result.wire())).await
     }
 
+    /// Ends the attempt with its result. Where the service does not take that, it keeps a note of it, as of a body that is too large: what has run must
+    /// not run again.
+    pub(crate) async fn finish(&self, result: &StoredResult, failed: bool) -> Result<(), Error> {
+        match self.finish_as(result, failed).await {
+            Err(Error::Refused(problem)) if problem.code != Code::Fenced => {
+                tracing::warn!(%problem, key = self.key(), "a result cannot be stored: it will not be replayed");
+                self.finish_as(&result.noted(), failed).await
+            }
+            finished => finished,
+        }
+    }
+
+    async fn finish_as(&self, result: &StoredResult, failed: bool) -> Result<(), Error> {
+        if failed { self.fail(result).await } else { self.complete(result).await }
+    }
+
     /// Ends the attempt so that the key may be tried again at once, from the checkpoints.
     ///
     /// # Errors
@@ -837,6 +903,20 @@ impl Attempt {
             keeper.abort();
         }
         self.inner.target.heartbeat(Some(TTL_MIN), None).await.map(drop)
+    }
+}
+
+/// Gives the key of a grant free that nobody took: nothing ran. Until then its heartbeats go on.
+async fn unwanted(begun: Begun) {
+    let Begun::Granted(attempt) = begun else { return };
+    for _ in 0..GIVE_FREE_TRIES {
+        match attempt.release().await {
+            Err(error) if error.retryable() => {
+                tracing::debug!(%error, key = attempt.key(), "an unwanted attempt is not given free yet");
+            }
+            _ => return,
+        }
+        tokio::time::sleep(AGAIN).await;
     }
 }
 

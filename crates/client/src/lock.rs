@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use tenure_wire::tenure::v1;
 use tenure_wire::tenure::v1::lock_acquire_request::Wait;
 use tenure_wire::tenure::v1::reply::Result as Reply;
 use tenure_wire::tenure::v1::request::Call;
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
@@ -28,6 +29,8 @@ use crate::session::{Core, Session};
 
 /// "For ever", in a form that can be added to a clock.
 const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
+/// Between two tries to cancel or to give back.
+const AGAIN: Duration = Duration::from_millis(300);
 
 impl Session {
     /// Asks for a lock. Without [`Acquire::wait`] a held lock is refused at once, with its holder.
@@ -269,16 +272,16 @@ impl<'a> Acquire<'a> {
         tokio::spawn(acquire(Arc::clone(session.core()), request, place.clone(), id, ask.wait, answer));
         let grant =
             outcome.await.unwrap_or_else(|_| Err(Error::Protocol("the task of the acquire ended early".to_owned())))?;
+        let Granted { reply: grant, .. } = grant.claim();
         let guard = LockGuard {
             session,
             name: first,
+            release: Release::of(&place, grant.token),
             names: place.names,
-            release_as: place.release_as,
             slots: grant.slots,
             depth: grant.depth,
             token: grant.token,
             waited: Duration::from_millis(grant.waited_ms),
-            released: false,
         };
         // The grant may have been told to a process that slept through its lease.
         guard.check()?;
@@ -293,7 +296,41 @@ fn fresh_owner(session: &Session) -> Result<String, Error> {
     Ok(format!("{:x}-{}", session.id(), drawn_name()?))
 }
 
-type Answer = oneshot::Sender<Result<v1::LockAcquireReply, Error>>;
+type Answer = oneshot::Sender<Result<Unclaimed<Granted>, Error>>;
+
+/// Something that was granted, on its way to whoever asked for it: given back if it is dropped unclaimed. That a channel took it does not mean that it
+/// will be received.
+pub(crate) struct Unclaimed<T> {
+    granted: Option<T>,
+    give_back: fn(T) -> Pin<Box<dyn Future<Output = ()> + Send>>,
+    runtime: Handle,
+}
+
+impl<T> Unclaimed<T> {
+    /// Called inside the runtime in which it is then given back.
+    pub(crate) fn new(granted: T, give_back: fn(T) -> Pin<Box<dyn Future<Output = ()> + Send>>) -> Self {
+        Self { granted: Some(granted), give_back, runtime: Handle::current() }
+    }
+
+    pub(crate) fn claim(mut self) -> T {
+        self.granted.take().expect("only this takes it")
+    }
+}
+
+impl<T> Drop for Unclaimed<T> {
+    fn drop(&mut self) {
+        if let Some(granted) = self.granted.take() {
+            self.runtime.spawn((self.give_back)(granted));
+        }
+    }
+}
+
+/// A grant with what it takes to give it back.
+struct Granted {
+    core: Arc<Core>,
+    place: Place,
+    reply: v1::LockAcquireReply,
+}
 
 /// Carries an acquire through, whether or not its caller stays. `_id` stays open until it is heard of or given up.
 async fn acquire(
@@ -320,10 +357,12 @@ async fn acquire(
         () = answer.closed() => return give_up(&core, &wait_place, Some(call)).await,
     };
     let unknown = matches!(&result, Err(error) if error.outcome() == Outcome::Unknown);
-    if let Err(Ok(unheard)) = answer.send(result) {
-        // The caller left in the very moment of the grant.
-        return give_back(&core, &wait_place, unheard.token).await;
-    }
+    // The caller may leave in the very moment of the grant.
+    let unclaimed = |reply| {
+        let granted = Granted { core: Arc::clone(&core), place: wait_place.clone(), reply };
+        Unclaimed::new(granted, |it| Box::pin(async move { give_back(&it.core, &it.place, it.reply.token).await }))
+    };
+    drop(answer.send(result.map(unclaimed)));
     if unknown {
         give_up(&core, &wait_place, None::<std::future::Pending<_>>).await;
     }
@@ -408,7 +447,7 @@ where
             Err(error) if error.code() == Some(Code::NotFound) => not_found += 1,
             Err(error) => tracing::debug!(lock = place.name(), %error, "the wait is not cancelled yet"),
         }
-        sleep(Duration::from_millis(300)).await;
+        sleep(AGAIN).await;
     }
 }
 
@@ -433,22 +472,75 @@ async fn cancel(core: &Core, place: &Place) -> Result<Option<u64>, Error> {
 }
 
 async fn give_back(core: &Core, place: &Place, token: u64) {
-    if let Err(error) = release(core, &place.names, &place.release_as, token).await {
-        tracing::debug!(lock = place.name(), token, %error, "an unwanted grant was left to the ttl of its session");
+    Release::of(place, token).finish(core).await;
+}
+
+/// The giving back of a grant, as far as it is still to be done.
+struct Release {
+    owner: String,
+    token: u64,
+    /// The names that are not given back yet. Each has one id for all its tries: an owner may hold it more than once under the token, and a release that
+    /// was carried out unheard must not count twice.
+    left: Vec<(String, Option<RequestId>)>,
+}
+
+impl Release {
+    fn of(place: &Place, token: u64) -> Self {
+        let left = place.names.iter().map(|name| (name.clone(), None)).collect();
+        Self { owner: place.release_as.clone(), token, left }
+    }
+
+    /// Tries every name once; the first failure is told when all have been tried.
+    async fn once(&mut self, core: &Core) -> Result<(), Error> {
+        let mut result = Ok(());
+        let mut at = 0;
+        while let Some((name, id)) = self.left.get_mut(at) {
+            let tried = release_one(core, name, id, &self.owner, self.token).await;
+            match &tried {
+                Err(error) if error.retryable() => {
+                    // A refusal says that no try has counted, and would be told again under its id.
+                    if matches!(error, Error::Refused(problem) if problem.outcome == Outcome::NotApplied) {
+                        *id = None;
+                    }
+                    at += 1;
+                }
+                // It is done, or it will never be: it is not held any more.
+                _ => drop(self.left.remove(at)),
+            }
+            result = result.and(tried);
+        }
+        result
+    }
+
+    /// Tries until every name is given back, or the session is over.
+    async fn finish(mut self, core: &Core) {
+        loop {
+            if let Err(error) = self.once(core).await {
+                let name = self.left.first().map_or("", |(name, _)| name);
+                tracing::debug!(lock = name, token = self.token, %error, "a grant is not given back yet");
+            }
+            if self.left.is_empty() {
+                return;
+            }
+            tokio::select! {
+                () = sleep(AGAIN) => {}
+                _ = core.lost() => return,
+            }
+        }
     }
 }
 
-/// Gives every name back; the first refusal is told when all have been tried.
-async fn release(core: &Core, names: &[String], owner: &str, token: u64) -> Result<(), Error> {
-    let mut result = Ok(());
-    for name in names {
-        result = result.and(release_one(core, name, owner, token).await);
-    }
-    result
-}
-
-async fn release_one(core: &Core, name: &str, owner: &str, token: u64) -> Result<(), Error> {
-    let id = core.client.request_id()?;
+async fn release_one(
+    core: &Core,
+    name: &str,
+    id: &mut Option<RequestId>,
+    owner: &str,
+    token: u64,
+) -> Result<(), Error> {
+    let id = match id {
+        Some(id) => id,
+        None => id.insert(core.client.request_id()?),
+    };
     let request = v1::LockReleaseRequest {
         name: name.to_owned(),
         session: core.id,
@@ -465,18 +557,17 @@ async fn release_one(core: &Core, name: &str, owner: &str, token: u64) -> Result
 
 /// A granted lock.
 ///
-/// Dropping a guard releases the lock in the background if a tokio runtime is there; until that message arrives, or if it never does, the
-/// lock stays held until the session ends. Use [`LockGuard::release`] where it matters to know.
+/// Dropping a guard releases the lock in the background if a tokio runtime is there, and tries until it is done; until that message arrives, or if it
+/// never does, the lock stays held until the session ends. Use [`LockGuard::release`] where it matters to know.
 pub struct LockGuard {
     session: Session,
     name: String,
     names: Vec<String>,
-    release_as: String,
+    release: Release,
     slots: Vec<u32>,
     depth: u32,
     token: u64,
     waited: Duration,
-    released: bool,
 }
 
 impl fmt::Debug for LockGuard {
@@ -557,29 +648,29 @@ impl LockGuard {
         self.session.lost().await
     }
 
-    /// Frees the lock; the next waiter has it in the same commit.
+    /// Frees the lock; the next waiter has it in the same commit. If that is not heard of, or not waited for, it goes on in the background.
     ///
     /// # Errors
     /// [`Error::Lost`] if the session is lost, [`Code::Fenced`] if the service has given the lock to another since: in both cases there may
     /// have been another owner before this call.
     pub async fn release(mut self) -> Result<(), Error> {
-        self.released = true;
         self.check()?;
-        release(self.session.core(), &self.names, &self.release_as, self.token).await
+        let core = Arc::clone(self.session.core());
+        self.release.once(&core).await
     }
 }
 
 impl Drop for LockGuard {
     fn drop(&mut self) {
-        if self.released || self.session.state() == LeaseState::Lost {
+        let left = std::mem::take(&mut self.release.left);
+        if left.is_empty() || self.session.state() == LeaseState::Lost {
             return;
         }
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        if let Ok(runtime) = Handle::try_current() {
+            let release = Release { owner: std::mem::take(&mut self.release.owner), token: self.token, left };
             // The clone keeps the session from being ended before the release is through.
-            let (session, token) = (self.session.clone(), self.token);
-            let (names, release_as) = (std::mem::take(&mut self.names), std::mem::take(&mut self.release_as));
-            let place = Place { names, owner: String::new(), release_as, acquire: v1::RequestMeta::default() };
-            runtime.spawn(async move { give_back(session.core(), &place, token).await });
+            let session = self.session.clone();
+            runtime.spawn(async move { release.finish(session.core()).await });
         }
     }
 }

@@ -250,41 +250,35 @@ impl<'a> Reserve<'a> {
         let first_sent = BootTime::now();
         let (answer, outcome) = oneshot::channel();
         // A task of its own, so that dropping this future does not drop the duty to give a late grant back.
-        tokio::spawn(reserve(client.clone(), id, self.request, self.wait, answer));
+        tokio::spawn(reserve(client, id, self.request, self.wait, first_sent, answer));
         let ended = |_| Err(Error::Protocol("the task of the reservation ended early".to_owned()));
-        let reply = outcome.await.unwrap_or_else(ended)?;
-        // The service's time of the hold began after the call was sent and the wait was over.
-        let ends = first_sent.plus(Duration::from_millis(reply.waited_ms)).plus(Duration::from_millis(reply.hold_ms));
-        Ok(Reservation {
-            client,
-            pool: reply.pool,
-            id: reply.id,
-            token: reply.token,
-            quantity: reply.quantity,
-            waited: Duration::from_millis(reply.waited_ms),
-            deadline: ends,
-            settled: false,
-        })
+        outcome.await.unwrap_or_else(ended)
     }
 }
 
 carried_out!(Reserve<'a> => Reservation, run);
 
-type Answer = oneshot::Sender<Result<v1::ReserveReply, Error>>;
+/// It gives itself back if it is dropped in the channel.
+type Answer = oneshot::Sender<Result<Reservation, Error>>;
 
 /// Carries a reservation through, whether or not its caller stays.
 /// `_id` stays open until the hold is heard of or given back.
-async fn reserve(client: Client, _id: RequestId, request: v1::ReserveRequest, wait: Duration, mut answer: Answer) {
+async fn reserve(
+    client: Client,
+    _id: RequestId,
+    request: v1::ReserveRequest,
+    wait: Duration,
+    first_sent: BootTime,
+    mut answer: Answer,
+) {
     let plan = if wait.is_zero() { client.plan("reserve", true) } else { client.patient_plan("reserve", wait) };
     let result = tokio::select! {
-        result = client.unary(plan, "/tenure.v1.Reservations/Reserve", &request) => result,
+        result = client.unary::<_, v1::ReserveReply>(plan, "/tenure.v1.Reservations/Reserve", &request) => result,
         () = answer.closed() => return give_up(&client, request).await,
     };
     let unknown = matches!(&result, Err(error) if error.outcome() == Outcome::Unknown);
-    if let Err(Ok(unheard)) = answer.send(result) {
-        // The caller left in the very moment of the grant.
-        return give_back(&client, unheard.pool, unheard.id, unheard.token).await;
-    }
+    // The caller may leave in the very moment of the grant.
+    drop(answer.send(result.map(|reply| Reservation::of(client.clone(), reply, first_sent))));
     if unknown {
         give_up(&client, request).await;
     }
@@ -350,6 +344,14 @@ impl fmt::Debug for Reservation {
 }
 
 impl Reservation {
+    fn of(client: Client, reply: v1::ReserveReply, first_sent: BootTime) -> Self {
+        let waited = Duration::from_millis(reply.waited_ms);
+        // The service's time of the hold began after the call was sent and the wait was over.
+        let deadline = first_sent.plus(waited).plus(Duration::from_millis(reply.hold_ms));
+        let v1::ReserveReply { pool, id, token, quantity, .. } = reply;
+        Self { client, pool, id, token, quantity, waited, deadline, settled: false }
+    }
+
     /// The pool.
     #[must_use]
     pub fn pool(&self) -> &str {

@@ -501,7 +501,7 @@ where
         headers: stored_headers(settings, &parts.headers),
         ..StoredResult::new(body.clone()).status(u32::from(parts.status.as_u16()))
     };
-    let ended = attempt.complete(&result).await;
+    let ended = attempt.finish(&result, false).await;
     log(attempt, &ended);
     match ended {
         Err(error) if error.code() == Some(Code::Fenced) => Refusal::superseded().answer(),
