@@ -5,11 +5,16 @@
 mod common;
 
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Server, TENURE, json, ok, tenure, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use tenure_client::{Client, ClientOptions, Failed, QueueChange, WorkDone};
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
 
 #[test]
 fn jobs_from_a_shell() {
@@ -185,4 +190,141 @@ fn jobs_over_http() {
     assert_eq!(post(&server, "enqueue", &large).0, 413);
     assert_eq!(post(&server, "redrive", r#"{"queue":"none"}"#).0, 404);
     assert_eq!(post(&server, "cancel", r#"{"id":"1-1"}"#).0, 404);
+}
+
+/// What the queue `q` has: receivers that wait, and jobs in a state.
+async fn has(client: &Client, state: &str) -> (u64, u64) {
+    let info = client.queue("q").info().await.unwrap().unwrap();
+    (info.receivers, info.jobs.get(state).copied().unwrap_or(0))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ack_goes_alone_while_its_worker_may_not_receive() {
+    let server = Server::start(&[]);
+    let client = Client::connect([&server.address]).await.unwrap();
+    let queue = client.queue("q");
+    queue.enqueue("one").await.unwrap();
+    let (taken, go, stop) = (Arc::new(Notify::new()), Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (taking, going, stopping) = (taken.clone(), go.clone(), stop.clone());
+    let work = queue.work(move |_| {
+        let (taking, going) = (taking.clone(), going.clone());
+        async move {
+            taking.notify_one();
+            going.notified().await;
+            Ok::<(), Failed>(())
+        }
+    });
+    let working = tokio::spawn(work.run_until(async move { stopping.notified().await }));
+    taken.notified().await;
+    // As many as may wait; one connection carries 4,000.
+    let mut crowd = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let client = Client::connect([&server.address]).await.unwrap();
+        for _ in 0..2_500 {
+            let queue = client.queue("q");
+            crowd.spawn(async move { queue.receive().wait(Duration::from_secs(20)).await.map(|jobs| jobs.len()) });
+        }
+    }
+    timeout(Duration::from_secs(15), async { while has(&client, "done").await.0 < 10_000 {} }).await.unwrap();
+    go.notify_one();
+    let acked = timeout(Duration::from_secs(5), async { while has(&client, "done").await.1 == 0 {} }).await;
+    let (receivers, done) = has(&client, "done").await;
+    assert!(acked.is_ok(), "{receivers} receivers wait, {done} jobs are done");
+    stop.notify_one();
+    assert_eq!(working.await.unwrap(), WorkDone { acked: 1, ..WorkDone::default() });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_stops_repeats_its_ack_until_its_grace_is_over() {
+    let mut server = Server::start(&[]);
+    let options = ClientOptions::default().timeout(Duration::from_secs(1));
+    let client = Client::with_options([&server.address], options).unwrap();
+    let queue = client.queue("q");
+    queue.enqueue("one").await.unwrap();
+    let (taken, go) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (taking, going) = (taken.clone(), go.clone());
+    let work = queue.work(move |_| {
+        let (taking, going) = (taking.clone(), going.clone());
+        async move {
+            taking.notify_one();
+            going.notified().await;
+            Ok::<(), Failed>(())
+        }
+    });
+    let working = tokio::spawn(work.run_until(async move { taken.notified().await }));
+    sleep(Duration::from_millis(500)).await;
+    server.stop();
+    go.notify_one();
+    sleep(Duration::from_secs(3)).await;
+    assert!(!working.is_finished(), "it has 30 s");
+    server.start_again(&[]);
+    assert_eq!(working.await.unwrap(), WorkDone { acked: 1, ..WorkDone::default() });
+    assert_eq!(has(&client, "done").await.1, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handler_that_panics_before_its_first_await_has_failed_one_attempt() {
+    let server = Server::start(&[]);
+    let client = Client::connect([&server.address]).await.unwrap();
+    let queue = client.queue("q");
+    let backoff = Some(Duration::from_millis(10));
+    queue.configure(QueueChange { backoff_first: backoff, ..QueueChange::default() }).await.unwrap();
+    queue.enqueue("one").await.unwrap();
+    let work = queue.work(|job| {
+        assert!(job.attempt() > 1, "the first one fails");
+        async { Ok::<(), Failed>(()) }
+    });
+    let all_done = async {
+        let done = async { while has(&client, "done").await.1 == 0 {} };
+        assert!(timeout(Duration::from_secs(10), done).await.is_ok(), "the worker goes on");
+    };
+    assert_eq!(work.run_until(all_done).await, WorkDone { acked: 1, failed: 1, ..WorkDone::default() });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_given_back_when_its_handler_has_ended() {
+    let server = Server::start(&[]);
+    let client = Client::connect([&server.address]).await.unwrap();
+    let queue = client.queue("q");
+    queue.enqueue("one").await.unwrap();
+    let computes = Arc::new(AtomicBool::new(false));
+    let computing = computes.clone();
+    let taken = Arc::new(Notify::new());
+    let taking = taken.clone();
+    let work = queue.work(move |_| {
+        let (computing, taking) = (computing.clone(), taking.clone());
+        async move {
+            computing.store(true, Ordering::SeqCst);
+            taking.notify_one();
+            std::thread::sleep(Duration::from_secs(2));
+            computing.store(false, Ordering::SeqCst);
+            std::future::pending::<Result<(), Failed>>().await
+        }
+    });
+    let work = work.grace(Duration::from_millis(100)).run_until(async move { taken.notified().await });
+    let working = tokio::spawn(work);
+    timeout(Duration::from_secs(10), async {
+        while !computes.load(Ordering::SeqCst) {
+            sleep(Duration::from_millis(5)).await
+        }
+    })
+    .await
+    .unwrap();
+    let jobs = queue.receive().wait(Duration::from_secs(15)).await.unwrap();
+    assert_eq!((jobs.len(), computes.load(Ordering::SeqCst)), (1, false), "two work on one job");
+    assert_eq!(working.await.unwrap(), WorkDone { released: 1, ..WorkDone::default() });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receive_that_is_dropped_waits_no_more() {
+    let server = Server::start(&[]);
+    let client = Client::connect([&server.address]).await.unwrap();
+    let queue = client.queue("q");
+    queue.configure(QueueChange::default()).await.unwrap();
+    let waiting = timeout(Duration::from_millis(500), queue.receive().wait(Duration::from_secs(20)));
+    assert!(waiting.await.is_err());
+    let left = timeout(Duration::from_secs(5), async { while has(&client, "ready").await.0 > 0 {} }).await;
+    assert!(left.is_ok(), "it still waits");
+    queue.enqueue("one").await.unwrap();
+    assert_eq!(has(&client, "ready").await, (0, 1));
 }

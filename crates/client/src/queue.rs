@@ -12,16 +12,17 @@ use std::future::{Future, IntoFuture};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tenure_wire::tenure::v1;
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tonic::transport::Channel;
 
 use crate::client::{Client, all_pages, drawn_name};
 use crate::clock::{BootTime, millis};
-use crate::error::{Code, Error, found};
+use crate::error::{Code, Error, Problem, found};
 use crate::lease::{LeaseTiming, LostReason};
 use crate::pipeline::RECEIVE_BYTES;
 use crate::requests;
@@ -585,7 +586,7 @@ impl Receive {
         self
     }
 
-    /// Waits for a job for up to 20 s.
+    /// Waits for a job for up to 20 s. Whoever drops it before its answer waits no more, and what was on its way is given back.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.request.wait_ms = millis(wait.min(WAIT_MAX));
         self
@@ -650,7 +651,7 @@ impl Receive {
 
 impl IntoFuture for Receive {
     type Output = Result<Vec<Delivery>, Error>;
-    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+    type IntoFuture = Receiving;
 
     fn into_future(mut self) -> Self::IntoFuture {
         // Without a name the server would draw another for each try of this call.
@@ -660,8 +661,59 @@ impl IntoFuture for Receive {
         {
             self.request.receiver = receiver;
         }
-        Box::pin(self.send())
+        if self.request.wait_ms == 0 {
+            return Box::pin(self.send());
+        }
+        let (client, receiver) = (self.queue.client.clone(), self.request.receiver.clone());
+        Box::pin(Waiting { client, receiver, asked: false, call: Some(Box::pin(self.send())) })
     }
+}
+
+type Receiving = Pin<Box<dyn Future<Output = Result<Vec<Delivery>, Error>> + Send>>;
+
+/// A receive that waits. The server does not see that nobody awaits it any more, as the connection lives on, so a drop tells it; what was delivered
+/// by then is given back.
+struct Waiting {
+    client: Client,
+    receiver: String,
+    asked: bool,
+    /// Until it is answered.
+    call: Option<Receiving>,
+}
+
+impl Future for Waiting {
+    type Output = Result<Vec<Delivery>, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.asked = true;
+        let Some(call) = &mut self.call else { return Poll::Pending };
+        let got = ready!(call.as_mut().poll(cx));
+        self.call = None;
+        Poll::Ready(got)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let Some(call) = self.call.take().filter(|_| self.asked) else { return };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (client, receiver) = (self.client.clone(), std::mem::take(&mut self.receiver));
+        runtime.spawn(async move {
+            if leave(&client, &receiver).await.is_ok()
+                && let Ok(jobs) = call.await
+            {
+                for job in jobs {
+                    settled(job.release().await, &job);
+                }
+            }
+        });
+    }
+}
+
+/// Ends the wait of a receiver, which is then answered.
+async fn leave(client: &Client, receiver: &str) -> Result<v1::LeaveReply, Error> {
+    let request = v1::LeaveRequest { receiver: receiver.to_owned(), namespace: client.namespace(), request: None };
+    client.unary(client.plan("leave", true), "/tenure.v1.Queues/Leave", &request).await
 }
 
 /// A job in the hands of this process, under one receipt.
@@ -975,10 +1027,17 @@ pub struct WorkDone {
     pub acked: u64,
     /// Jobs whose handler failed.
     pub failed: u64,
-    /// Deliveries that were lost or cancelled while the handler ran.
+    /// Deliveries that were lost or cancelled while the handler ran, or whose receipt was no longer good, or not taken before the end.
     pub lost: u64,
     /// Jobs that were given back while it stopped.
     pub released: u64,
+}
+
+impl WorkDone {
+    fn finished(&mut self, acked: bool) {
+        self.acked += u64::from(acked);
+        self.lost += u64::from(!acked);
+    }
 }
 
 impl Work {
@@ -1008,7 +1067,7 @@ impl Work {
 
     /// Works until `stop` is done: then no job is taken any more, those that run are finished, and it returns.
     pub async fn run_until(self, stop: impl Future<Output = ()>) -> WorkDone {
-        let (stopping, stopped) = watch::channel(false);
+        let (stopping, stopped) = watch::channel(None);
         let grace = self.grace;
         let work = Arc::new(self);
         let mut loops = tokio::task::JoinSet::new();
@@ -1017,7 +1076,7 @@ impl Work {
             loops.spawn(async move { work.one_loop(stopped).await });
         }
         stop.await;
-        let _ = stopping.send(true);
+        let _ = stopping.send(Some(Instant::now() + grace));
         let mut all = WorkDone::default();
         // The loops keep to the grace themselves; this is for one that cannot reach its server.
         let end = timeout(grace + GRACE, async {
@@ -1046,32 +1105,34 @@ impl Work {
         }
     }
 
-    async fn one_loop(&self, mut stopped: watch::Receiver<bool>) -> WorkDone {
+    async fn one_loop(&self, mut stopped: Stopped) -> WorkDone {
         let mut done = WorkDone::default();
         let mut pause = PAUSE_MIN;
         let Ok(receiver) = drawn_name() else { return done };
         let mut finished: Option<Arc<Delivery>> = None;
         loop {
-            let is_stopping = *stopped.borrow();
-            let got = match (&finished, is_stopping) {
-                (None, true) => return done,
-                (Some(job), true) => job.ack().await.map(|()| Vec::new()),
-                (Some(job), false) => self.next(self.receive(&receiver).ack(job), &receiver, &mut stopped).await,
-                (None, false) => self.next(self.receive(&receiver), &receiver, &mut stopped).await,
+            if stopped.borrow().is_some() {
+                if let Some(job) = finished {
+                    done.finished(self.ack(&job, &mut stopped).await);
+                }
+                return done;
+            }
+            let receive = self.receive(&receiver);
+            let receive = match &finished {
+                Some(job) => receive.ack(job),
+                None => receive,
             };
-            let jobs = match got {
+            let jobs = match self.next(receive, &receiver, &mut stopped).await {
                 Ok(jobs) => jobs,
                 Err(error) => {
-                    let retry = !matches!(error, Error::Refused(_)) && !is_stopping;
                     tracing::warn!(queue = self.queue.name, %error, "a worker's call has failed");
-                    if finished.is_some() && error.code() == Some(Code::Fenced) {
-                        done.lost += 1;
-                        finished = None;
-                        continue;
-                    }
-                    // An ack is repeated: the same receipt twice succeeds twice.
-                    if !retry {
-                        finished = None;
+                    if let Some(job) = finished.take() {
+                        if error.code() == Some(Code::Fenced) {
+                            done.finished(was_acked(&error, &job));
+                            continue;
+                        }
+                        // Whatever kept it from receiving, the job is done: its ack goes alone.
+                        done.finished(self.ack(&job, &mut stopped).await);
                     }
                     let _ = timeout(pause, stopped.changed()).await;
                     pause = (pause * 2).min(PAUSE_MAX);
@@ -1082,7 +1143,7 @@ impl Work {
             done.acked += u64::from(finished.take().is_some());
             for job in jobs {
                 let job = Arc::new(job);
-                if *stopped.borrow() {
+                if stopped.borrow().is_some() {
                     done.released += u64::from(job.release().await.is_ok());
                     continue;
                 }
@@ -1108,47 +1169,90 @@ impl Work {
     }
 
     /// Receives, and lets go of the wait when the worker is told to stop. What was delivered by then still arrives.
-    async fn next(
-        &self,
-        receive: Receive,
-        receiver: &str,
-        stopped: &mut watch::Receiver<bool>,
-    ) -> Result<Vec<Delivery>, Error> {
+    async fn next(&self, receive: Receive, receiver: &str, stopped: &mut Stopped) -> Result<Vec<Delivery>, Error> {
         let mut call = pin!(receive.into_future());
-        tokio::select! {
+        let end = tokio::select! {
             got = &mut call => return got,
-            _ = stopped.wait_for(|stopped| *stopped) => {}
-        }
-        let client = &self.queue.client;
-        let request = v1::LeaveRequest { receiver: receiver.to_owned(), namespace: client.namespace(), request: None };
-        let left: Result<v1::LeaveReply, Error> =
-            client.unary(client.plan("leave", true), "/tenure.v1.Queues/Leave", &request).await;
-        match left {
+            end = grace_end(stopped) => end,
+        };
+        match leave(&self.queue.client, receiver).await {
             Ok(_) => call.await,
-            // The wait ends with the connection, or by itself.
-            Err(_) => timeout(GRACE, call).await.unwrap_or_else(|_| Ok(Vec::new())),
+            // It is there and waits on, for as long as there is time.
+            Err(error @ Error::Refused(_)) => timeout_at(end, call).await.unwrap_or(Err(error)),
+            // The wait ends with the connection.
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Acknowledges a job until it is known what became of it, and prolongs it meanwhile; a worker that stops tries until its grace is over. The same
+    /// receipt twice succeeds twice.
+    async fn ack(&self, job: &Delivery, stopped: &mut Stopped) -> bool {
+        let acking = async {
+            let mut pause = PAUSE_MIN;
+            loop {
+                let Err(error) = job.ack().await else { return true };
+                tracing::warn!(queue = self.queue.name, job = job.id(), %error, "a job that is done could not be acknowledged");
+                if !error.retryable() {
+                    return was_acked(&error, job);
+                }
+                let after = error.problem().and_then(|problem| problem.retry_after).unwrap_or_default().max(pause);
+                let left = stopped.borrow().map(|end| end.saturating_duration_since(Instant::now()));
+                if left.is_some_and(|left| left.is_zero()) {
+                    return false;
+                }
+                let _ = timeout(after.min(left.unwrap_or(after)), stopped.changed()).await;
+                pause = (pause * 2).min(PAUSE_MAX);
+            }
+        };
+        // What a heartbeat hears does not matter here: the ack hears more.
+        let beating = async {
+            while matches!(beat(job).await, Attended::Cancelled) {}
+            std::future::pending().await
+        };
+        tokio::select! {
+            acked = acking => acked,
+            never = beating => never,
         }
     }
 
     /// Runs the handler with heartbeats beside it.
-    async fn attend(&self, job: &Arc<Delivery>, stopped: &mut watch::Receiver<bool>) -> Attended {
-        // A panic of the handler is a failed attempt, and no end of the worker.
-        let mut running = AbortOnDrop(tokio::spawn((self.handler)(job.clone())));
+    async fn attend(&self, job: &Arc<Delivery>, stopped: &mut Stopped) -> Attended {
+        let (handler, given) = (self.handler.clone(), job.clone());
+        // A panic of the handler is a failed attempt, and no end of the worker; it may come before there is a future.
+        let mut running = AbortOnDrop(tokio::spawn(async move { handler(given).await }));
         let mut beating = pin!(beat(job));
-        let mut grace = pin!(async {
-            let _ = stopped.wait_for(|stopped| *stopped).await;
-            sleep(self.grace).await;
-        });
-        tokio::select! {
-            ended = &mut running.0 => match ended {
-                Ok(Ok(())) => Attended::Done,
-                Ok(Err(failed)) => Attended::Failed(failed),
-                Err(error) => Attended::Failed(Failed::retry(format!("the handler did not return: {error}"))),
-            },
+        let mut grace = pin!(async { sleep_until(grace_end(stopped).await).await });
+        let why = tokio::select! {
+            biased;
+            ended = &mut running.0 => return Attended::of(ended),
             why = &mut beating => why,
             () = &mut grace => Attended::OutOfGrace,
+        };
+        if matches!(why, Attended::Lost) {
+            return why;
+        }
+        // It goes on until its next `await`: nobody else is given the job before.
+        running.0.abort();
+        match timeout(job.deadline().since(BootTime::now()), &mut running.0).await {
+            Ok(Err(error)) if error.is_cancelled() => why,
+            Ok(ended) => Attended::of(ended),
+            Err(_) => Attended::Lost,
         }
     }
+}
+
+/// When the grace of a worker ends, once it was told to stop.
+type Stopped = watch::Receiver<Option<Instant>>;
+
+async fn grace_end(stopped: &mut Stopped) -> Instant {
+    let end = stopped.wait_for(Option::is_some).await.ok().and_then(|end| *end);
+    end.unwrap_or_else(Instant::now)
+}
+
+/// Whether a refused ack tells that one before it was taken, of which no record was kept: while the delivery lasts, nobody else can end its job.
+fn was_acked(error: &Error, job: &Delivery) -> bool {
+    let is_gone = |problem: &Problem| problem.facts.get("state").is_some_and(|state| state == "gone");
+    error.code() == Some(Code::Fenced) && error.problem().is_some_and(is_gone) && job.check().is_ok()
 }
 
 /// A task that does not outlive who waits for it.
@@ -1166,6 +1270,16 @@ enum Attended {
     Cancelled,
     Lost,
     OutOfGrace,
+}
+
+impl Attended {
+    fn of(ended: Result<Result<(), Failed>, tokio::task::JoinError>) -> Self {
+        match ended {
+            Ok(Ok(())) => Self::Done,
+            Ok(Err(failed)) => Self::Failed(failed),
+            Err(error) => Self::Failed(Failed::retry(format!("the handler did not return: {error}"))),
+        }
+    }
 }
 
 fn settled(moved: Result<JobMoved, Error>, job: &Delivery) {
