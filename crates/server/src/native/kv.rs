@@ -101,8 +101,8 @@ fn expect(txn: &mut Txn, key: Key, fact: &v1::expect::Fact) {
     let (relation, target) = match fact {
         Fact::Absent(true) => (Relation::Equal, CompareTarget::Version(0)),
         Fact::Absent(false) => (Relation::Greater, CompareTarget::Version(0)),
-        Fact::Version(n) => (Relation::Equal, CompareTarget::Version(*n as i64)),
-        Fact::ModRevision(n) => (Relation::Equal, CompareTarget::ModRevision(*n as i64)),
+        Fact::Version(n) => (Relation::Equal, CompareTarget::Version(signed(*n))),
+        Fact::ModRevision(n) => (Relation::Equal, CompareTarget::ModRevision(signed(*n))),
         Fact::Value(text) => (Relation::Equal, CompareTarget::Value(text.as_bytes().into())),
         Fact::ValueBytes(bytes) => (Relation::Equal, CompareTarget::Value(bytes[..].into())),
     };
@@ -301,15 +301,20 @@ pub(super) fn compare(namespace: NamespaceId, request: &v1::Compare) -> Result<C
         Err(_) => return Err(refuse("compares.relation", "there is no such relation")),
     };
     let target = match &request.fact {
-        Some(Fact::Version(n)) => CompareTarget::Version(*n as i64),
-        Some(Fact::CreateRevision(n)) => CompareTarget::CreateRevision(*n as i64),
-        Some(Fact::ModRevision(n)) => CompareTarget::ModRevision(*n as i64),
+        Some(Fact::Version(n)) => CompareTarget::Version(signed(*n)),
+        Some(Fact::CreateRevision(n)) => CompareTarget::CreateRevision(signed(*n)),
+        Some(Fact::ModRevision(n)) => CompareTarget::ModRevision(signed(*n)),
         Some(Fact::Value(text)) => CompareTarget::Value(text.as_bytes().into()),
         Some(Fact::ValueBytes(bytes)) => CompareTarget::Value(bytes[..].into()),
-        Some(Fact::Session(n)) => CompareTarget::Lease(*n as i64),
+        Some(Fact::Session(n)) => CompareTarget::Lease(session_id("compares.session", *n)?.0 as i64),
         None => return Err(refuse("compares.fact", "a compare names what it compares with")),
     };
     Ok(Compare { span, relation, target })
+}
+
+/// What no version and no revision reaches is the largest number.
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
 }
 
 fn ops(namespace: NamespaceId, requests: &[v1::Op], depth_max: usize) -> Result<Vec<Op>, Refused> {
@@ -411,6 +416,21 @@ mod tests {
         let request = v1::GetRequest { key: "a".to_owned(), key_bytes: Bytes::from_static(b"a"), ..Default::default() };
         let error = get(&request).err().unwrap();
         assert_eq!((error.code.as_str(), error.facts["field"].as_str()), ("INVALID", "key"));
+    }
+
+    #[test]
+    fn numbers_beyond_all_are_compared_as_such() {
+        use v1::compare::{Fact, Relation as Wire};
+        let read = |fact| {
+            let (key, relation) = ("a".to_owned(), Wire::Less.into());
+            compare(NamespaceId::DEFAULT, &v1::Compare { key, relation, fact: Some(fact), ..Default::default() })
+        };
+        let check = |fact, expected| assert_eq!(read(fact).unwrap().target, expected);
+        check(Fact::Version(7), CompareTarget::Version(7));
+        check(Fact::Version(u64::MAX), CompareTarget::Version(i64::MAX));
+        check(Fact::CreateRevision(1 << 63), CompareTarget::CreateRevision(i64::MAX));
+        check(Fact::ModRevision(u64::MAX), CompareTarget::ModRevision(i64::MAX));
+        assert_eq!(read(Fact::Session(1 << 63)).err().unwrap().facts["field"], "compares.session");
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! goes back as one message. P2: at most `OPEN_MAX` requests of a stream are open; beyond it nothing is read. What may wait for others is counted apart: it
 //! takes no place from what is answered at once, and the one beyond `WAITS_MAX` is refused.
 //! P3: a refused request is answered in its place and disturbs no other. P4: what must look at the state before it is planned does so beside the others,
-//! and holds none of them up.
+//! and holds none of them up. P5: when the caller has said everything, the stream ends behind the last answer that does not wait for others. P6: a request is as
+//! large as it may be alone.
 //! Not promised. Any order among the requests of a stream.
 
 use std::collections::HashMap;
@@ -147,7 +148,7 @@ impl Drop for OpenPipe {
     }
 }
 
-/// How many requests have no answer, shared by the reading and the writing half.
+/// How many requests have no answer that was sent, shared by the reading and the writing half.
 #[derive(Default)]
 struct Open {
     requests: AtomicUsize,
@@ -219,13 +220,14 @@ async fn stream(
                 }
                 Some(looked) = looks.join_next() => looked.map_err(|_| Status::from(words::STOPPED))?,
             };
-            open.requests.fetch_sub(1, Ordering::Relaxed);
             match planned.and_then(|plan| begin(&context, &open, id, plan)) {
                 Ok(request) => pipe.handle.pipe(pipe.id, vec![request]).await.map_err(stopping)?,
                 Err(error) => {
                     outgoing.send_framed(frame_replies(&context, vec![(id, error)])).await.map_err(|_| gone())?;
                 }
             }
+            // What began is counted by itself; what did not has been answered.
+            open.requests.fetch_sub(1, Ordering::Relaxed);
             open.room.notify_one();
         }
     };
@@ -235,7 +237,6 @@ async fn stream(
             let done = out.take();
             if !done.is_empty() {
                 answer(&context, &open, done, &outgoing).await?;
-                open.room.notify_one();
             } else if out.ended.load(Ordering::Acquire) {
                 return Err(words::STOPPED.into());
             }
@@ -259,9 +260,9 @@ async fn answer(
     done: Vec<(PipeItem, Outcome)>,
     outgoing: &Outgoing,
 ) -> Result<(), Status> {
-    let mut replies = Replies::new();
+    let (mut replies, mut answered) = (Replies::new(), [0; 2]);
     for (PipeItem { id, finish, stale, waits }, outcome) in done {
-        open.counter(waits).fetch_sub(1, Ordering::Relaxed);
+        answered[usize::from(waits)] += 1;
         open.receivers.answered(id);
         // Only a cancellation that came too late asks further.
         let result = match finish {
@@ -275,10 +276,20 @@ async fn answer(
         replies.push(id, result);
         if replies.bytes.len() >= REPLIES_BYTES {
             let full = std::mem::replace(&mut replies, Replies::new());
-            outgoing.send_framed(full.finish(context)).await.map_err(|_| gone())?;
+            send(open, full.finish(context), std::mem::take(&mut answered), outgoing).await?;
         }
     }
-    outgoing.send_framed(replies.finish(context)).await.map_err(|_| gone())
+    send(open, replies.finish(context), answered, outgoing).await
+}
+
+/// Sends answers: so many to what is answered at once and to what may wait. Their requests are open until then, for a stream ends with the last that is.
+async fn send(open: &Open, replies: Bytes, answered: [usize; 2], outgoing: &Outgoing) -> Result<(), Status> {
+    outgoing.send_framed(replies).await.map_err(|_| gone())?;
+    for (waits, count) in [false, true].into_iter().zip(answered) {
+        open.counter(waits).fetch_sub(count, Ordering::Relaxed);
+    }
+    open.room.notify_one();
+    Ok(())
 }
 
 fn tell_age(contact: Contact, answer: &mut Answer) {
@@ -348,10 +359,15 @@ impl Gathered {
         open: &Open,
         message: Bytes,
     ) -> Result<(), Status> {
+        let whole = message.len();
         let message = v1::Requests::decode(message).map_err(|error| Status::undecodable(&error))?;
         self.requests.reserve(message.requests.len());
         for request in message.requests {
             let id = request.id;
+            if let Some(len) = larger_than(context.settings.max_request_bytes, &request, whole) {
+                self.refused.push((id, Box::new(words::too_large(len, context.settings.max_request_bytes))));
+                continue;
+            }
             match plan(context, plans, caller, request) {
                 Ok(Plan::Look(look)) => self.looks.push((id, look)),
                 Ok(plan) => match begin(context, open, id, plan) {
@@ -363,6 +379,30 @@ impl Gathered {
         }
         Ok(())
     }
+}
+
+/// The length of a request that is larger than it may be, alone as on the pipeline.
+fn larger_than(max: usize, request: &v1::Request, whole: usize) -> Option<usize> {
+    use v1::request::Call;
+    // None of a small message is.
+    if whole <= max {
+        return None;
+    }
+    let len = match request.call.as_ref()? {
+        Call::Put(request) => request.encoded_len(),
+        Call::Get(request) => request.encoded_len(),
+        Call::Delete(request) => request.encoded_len(),
+        Call::Range(request) => request.encoded_len(),
+        Call::Txn(request) => request.encoded_len(),
+        Call::LockAcquire(request) => request.encoded_len(),
+        Call::LockRelease(request) => request.encoded_len(),
+        Call::LockCancel(request) => request.encoded_len(),
+        Call::SessionCreate(request) => request.encoded_len(),
+        Call::SessionRenew(request) => request.encoded_len(),
+        Call::SessionEnd(request) => request.encoded_len(),
+        Call::Unary(call) => call.body.len(),
+    };
+    (len > max).then_some(len)
 }
 
 fn begin(context: &Context, open: &Open, id: u64, plan: Plan) -> Result<PipeRequest, Refused> {

@@ -478,6 +478,54 @@ async fn the_pipeline_answers_by_id() {
 }
 
 #[tokio::test]
+async fn a_pipeline_that_is_closed_answers_what_is_open() {
+    let fixture = Fixture::start().await;
+    let channel = fixture.channel().await;
+    KvClient::new(channel.clone()).put(put("large", &"v".repeat(100_000))).await.unwrap();
+    let get = |id| {
+        let get = v1::GetRequest { key: "large".to_owned(), ..Default::default() };
+        v1::Request { id, call: Some(v1::request::Call::Get(get)) }
+    };
+    let requests = tokio_stream::once(v1::Requests { requests: (0..60).map(get).collect() });
+    let mut answers = PipelineClient::new(channel).stream(requests).await.unwrap().into_inner();
+    // More than waits on the way to a caller that does not read yet.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut answered = 0;
+    while let Some(replies) = answers.message().await.unwrap() {
+        answered += replies.replies.len();
+    }
+    assert_eq!(answered, 60);
+    fixture.server.stop().await;
+}
+
+#[tokio::test]
+async fn a_request_on_the_pipeline_is_as_large_as_alone() {
+    let fixture = Fixture::start().await;
+    let channel = fixture.channel().await;
+    let (large, half) = ("v".repeat(1_800_000), "v".repeat(900_000));
+    let alone = KvClient::new(channel.clone()).put(put("k", &large)).await.unwrap_err();
+    let call = |id, value: &str| v1::Request { id, call: Some(v1::request::Call::Put(put("k", value))) };
+    let one = v1::UnaryCall { method: "/tenure.v1.Kv/Put".into(), body: put("k", &large).encode_to_vec().into() };
+    let messages = [
+        v1::Requests { requests: vec![call(1, &large)] },
+        v1::Requests { requests: vec![call(2, &half), call(3, &half)] },
+        v1::Requests { requests: vec![v1::Request { id: 4, call: Some(v1::request::Call::Unary(one)) }] },
+    ];
+    let mut answers = PipelineClient::new(channel).stream(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    let mut refused = BTreeMap::new();
+    while let Some(replies) = answers.message().await.unwrap() {
+        for reply in replies.replies {
+            let Some(v1::reply::Result::Error(error)) = reply.result else { continue };
+            refused.insert(reply.id, error);
+        }
+    }
+    let expected = error(&alone);
+    assert_eq!(expected.code, "TOO_LARGE");
+    assert_eq!(refused, [(1, expected.clone()), (4, expected)].into());
+    fixture.server.stop().await;
+}
+
+#[tokio::test]
 async fn status() {
     let fixture = Fixture::start().await;
     let mut status = StatusClient::new(fixture.channel().await);
