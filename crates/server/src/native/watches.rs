@@ -215,7 +215,12 @@ async fn stream(context: &Context, wanted: Wanted, sender: &mut Sender<'_>) -> R
         if wanted.is_keys && !wanted.snapshot {
             return Err(compacted(lowest));
         }
-        sender.put(&resync(lowest)).await?;
+        let mut resync = resync(lowest);
+        if wanted.snapshot {
+            // A snapshot follows. Who loses it goes on from where it was, which leads here again: not behind what it was never told.
+            resync.resume.clear();
+        }
+        sender.put(&resync).await?;
         sender.flush().await?;
         if !wanted.snapshot {
             return Ok(());
