@@ -50,7 +50,6 @@ impl Call {
         // Numbers fit every variable.
         let path = self.path.split('/').map(|part| if part.starts_with('{') { "7" } else { part });
         let path = format!("{}{query}", path.collect::<Vec<_>>().join("/"));
-        let body = if self.has_body() { body } else { "" };
         http(&server.address, &self.verb.to_uppercase(), &path, JSON, body.as_bytes()).unwrap()
     }
 }
@@ -95,6 +94,7 @@ fn h1_bad_input_is_refused_by_every_call_and_changes_nothing() {
         if call.has_body() {
             expect("an unknown field", call.run(&server, "", r#"{"no_such_field":1}"#), 400, "INVALID");
             expect("no JSON", call.run(&server, "", "{"), 400, "INVALID");
+            expect("a parameter", call.run(&server, "?no_such_parameter=1", "{}"), 400, "INVALID");
             expect("a list", call.run(&server, "", "[]"), 400, "INVALID");
             let fields = call.fields(&document).as_object().unwrap();
             for (name, field) in fields.iter().filter(|(_, field)| field["type"] == "string") {
@@ -107,6 +107,7 @@ fn h1_bad_input_is_refused_by_every_call_and_changes_nothing() {
                 expect("another namespace", answer, 404, "NOT_FOUND");
             }
         } else {
+            expect("a body", call.run(&server, "", r#"{"no_such_field":1}"#), 400, "INVALID");
             expect("an unknown parameter", call.run(&server, "?no_such_parameter=1", ""), 400, "INVALID");
             if call.takes("namespace") {
                 expect("another namespace", call.run(&server, "?namespace=elsewhere", ""), 404, "NOT_FOUND");
@@ -115,6 +116,29 @@ fn h1_bad_input_is_refused_by_every_call_and_changes_nothing() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert_eq!(revision(&server), before);
+}
+
+#[test]
+fn h1_what_a_change_does_not_read_is_refused() {
+    let server = Server::start(&[]);
+    let whole = |verb: &str, path: &str, headers: &str, body: &str| whole(&server, verb, path, headers, body).0;
+    assert_eq!(whole("PUT", "/v1/kv/d", "", r#"{"key":"d","value":"1"}"#), 200);
+    let before = revision(&server);
+    // A condition in the wrong place is none; a name in two places is two.
+    assert_eq!(whole("DELETE", "/v1/kv/d", "", r#"{"expect":{"version":"33"}}"#), 400);
+    assert_eq!(whole("PUT", "/v1/kv/d?expect.version=77", "", r#"{"value":"2"}"#), 400);
+    assert_eq!(whole("PUT", "/v1/kv/d", "", r#"{"key":"other","value":"2"}"#), 400);
+    assert_eq!(whole("DELETE", "/v1/kv/d?key=other", "", ""), 400);
+    assert_eq!(whole("GET", "/v1/kv/d?key=other", "", ""), 400);
+    let key = "idempotency-key: \"0b7f3c1e-8a35-4f0e-9a0f-6f0d0a3c1b2d\"\r\n";
+    let series = r#"{"value":"2","request":{"series":{"series":"5","seq":"1"}}}"#;
+    assert_eq!(whole("PUT", "/v1/kv/d", key, series), 400);
+    assert_eq!(revision(&server), before);
+    // In quotes, as structured fields have it.
+    assert_eq!(whole("PUT", "/v1/kv/d", key, r#"{"value":"2"}"#), 200);
+    assert_eq!(whole("PUT", "/v1/kv/d", &key.replace('"', ""), r#"{"value":"2"}"#), 200);
+    assert_ne!(revision(&server), before);
+    assert_eq!(whole("DELETE", "/v1/kv/d?key=d&expect.version=2", "", " \n"), 200);
 }
 
 #[test]

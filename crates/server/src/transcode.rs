@@ -2,7 +2,8 @@
 //!
 //! Promises. T1: a JSON call runs the very method that gRPC runs, in process; there is no second implementation. T2: `/v3` ignores unknown
 //! fields, answers errors as `{"code","message"}` and streams as one JSON object per line, as etcd 3.7 does. T3: `/v1` refuses unknown
-//! fields and parameters, and answers errors as problem+json with the facts. T4: bodies are bounded like gRPC messages.
+//! fields and parameters, and a body or parameters that the call does not read, and answers errors as problem+json with the facts. T4: bodies are
+//! bounded like gRPC messages.
 //! Not promised. Field order and spaces: compare parsed JSON. On `/v1`, `*:verb` templates with a variable before the verb do not exist.
 //! Relies on. `prost-reflect` for the mapping of proto3 to JSON, and the annotations `google.api.http` in the descriptor bytes.
 
@@ -372,10 +373,16 @@ fn request_message(
     if rule.face == Face::EtcdJson {
         return Ok(etcd_json::whole_message(&rule.method.input(), body)?.encode_to_vec().into());
     }
-    let mut message =
-        if rule.has_body { native_message(rule.method.input(), body)? } else { fields::from_query(rule, query)? };
+    let mut message = if rule.has_body {
+        fields::no_query(query)?;
+        native_message(rule.method.input(), body)?
+    } else if is_blank(body) {
+        fields::from_query(rule, query)?
+    } else {
+        return Err(Status::invalid_argument("this call takes no body: its fields are parameters of the address"));
+    };
     for (name, value) in variables {
-        fields::set(&mut message, name, &percent_decode(value))?;
+        fields::set_from_path(&mut message, name, &percent_decode(value))?;
     }
     idempotency_key(&mut message, headers)?;
     last_event_id(&mut message, headers)?;
@@ -383,9 +390,13 @@ fn request_message(
     Ok(message.encode_to_vec().into())
 }
 
+fn is_blank(body: &[u8]) -> bool {
+    body.iter().all(u8::is_ascii_whitespace)
+}
+
 /// A whole body as one message; an empty one is the empty message.
 fn native_message(kind: MessageDescriptor, body: &[u8]) -> Result<DynamicMessage, Status> {
-    if body.iter().all(u8::is_ascii_whitespace) {
+    if is_blank(body) {
         return Ok(DynamicMessage::new(kind));
     }
     let invalid = |error: serde_json::Error| Status::invalid_argument(format!("the body is not valid: {error}"));
@@ -400,12 +411,10 @@ fn native_message(kind: MessageDescriptor, body: &[u8]) -> Result<DynamicMessage
 fn idempotency_key(message: &mut DynamicMessage, headers: &HeaderMap) -> Result<(), Status> {
     let Some(key) = headers.get(IDEMPOTENCY_KEY) else { return Ok(()) };
     let Some(field) = message.descriptor().get_field_by_name("request") else { return Ok(()) };
-    // The header is a string of structured fields, so it may be quoted.
-    let key = key.to_str().map_err(|_| Status::invalid_argument("Idempotency-Key is not text"))?;
-    let key = key.trim().trim_matches('"');
+    let key = unquoted(key.to_str().map_err(|_| Status::invalid_argument("Idempotency-Key is not text"))?);
     let Value::Message(request) = message.get_field_mut(&field) else { return Ok(()) };
     let differs = || Status::invalid_argument("Idempotency-Key differs from the request id in the body");
-    for other in ["uuid_bytes", "session"] {
+    for other in ["uuid_bytes", "session", "series"] {
         if request.has_field_by_name(other) {
             return Err(differs());
         }
@@ -418,6 +427,11 @@ fn idempotency_key(message: &mut DynamicMessage, headers: &HeaderMap) -> Result<
     }
     request.set_field_by_name("uuid", Value::String(key.to_owned()));
     Ok(())
+}
+
+/// What `Idempotency-Key` says: a string of structured fields, so it may be quoted.
+pub(crate) fn unquoted(key: &str) -> &str {
+    key.trim().trim_matches('"')
 }
 
 /// Takes the header `Last-Event-ID`, which a browser sends when it reconnects, as the place to go on from, where the message has one. It is newer than

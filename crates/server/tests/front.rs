@@ -696,6 +696,11 @@ async fn native_json_refuses_what_it_does_not_know() {
     check("GET", "/v1/locks/a?stale=perhaps", "", 400, "INVALID", "stale").await;
     check("GET", "/v1/locks/%ff", "", 400, "INVALID", "UTF-8").await;
     check("GET", "/v1/nothing", "", 404, "NOT_FOUND", "").await;
+    check("GET", "/v1/locks/a", r#"{"stale":true}"#, 400, "INVALID", "takes no body").await;
+    check("POST", "/v1/kv:put?nope=1", r#"{"key":"a"}"#, 400, "INVALID", "nope").await;
+    check("PUT", "/v1/kv/a?value=1", "", 400, "INVALID", "value").await;
+    check("PUT", "/v1/kv/a", r#"{"key":"b"}"#, 400, "INVALID", "`key` is in the path").await;
+    check("GET", "/v1/locks/a?name=b", "", 400, "INVALID", "`name` is in the path").await;
     let head = check("GET", "/v1/locks:acquire", "", 405, "UNIMPLEMENTED", "").await;
     assert!(head.contains("allow: post"), "{head}");
     let large = format!(r#"{{"name":"{}"}}"#, "x".repeat((4 << 20) + 1));
@@ -714,8 +719,10 @@ async fn the_idempotency_key_is_the_request_id() {
     assert_eq!(call(&format!("idempotency-key: {uuid}\r\n"), &same).await.0, 200);
     let (status, _, answer) = call("idempotency-key: ffff\r\n", &same).await;
     assert!(status == 400 && answer.contains("differs"), "{answer}");
-    let session = r#"{"key":"a","request":{"session":{"session":"1","seq":"1"}}}"#;
-    assert_eq!(call(&format!("idempotency-key: {uuid}\r\n"), session).await.0, 400);
+    for other in ["session", "series"] {
+        let other = format!(r#"{{"key":"a","request":{{"{other}":{{"{other}":"1","seq":"1"}}}}}}"#);
+        assert_eq!(call(&format!("idempotency-key: {uuid}\r\n"), &other).await.0, 400);
+    }
     let headers = format!("idempotency-key: {uuid}\r\n");
     let (_, head, _) = http1(server.address, "POST", "/v1/locks:acquire", &headers, r#"{"name":"a"}"#).await;
     assert!(head.contains("idempotent-replayed: true"), "{head}");

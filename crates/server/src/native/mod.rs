@@ -196,7 +196,8 @@ pub(crate) struct Caller {
 impl Caller {
     fn of(call: &Call) -> Self {
         let key = if call.face == Face::NativeJson { call.metadata.get("idempotency-key") } else { None };
-        Self { idempotency_key: key.and_then(|value| value.to_str().ok()).map(str::to_owned), deadline: call.deadline }
+        let key = key.and_then(|value| value.to_str().ok()).map(|key| crate::transcode::unquoted(key).to_owned());
+        Self { idempotency_key: key, deadline: call.deadline }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Fields from path and query: text to the type that the message has. Unknown names are refused.
+//! Fields from path and query: text to the type that the message has. Unknown names are refused, and what would not be heard.
 
 use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, ReflectMessage, Value};
 
@@ -15,6 +15,31 @@ pub(super) fn from_query(rule: &Rule, query: Option<&str>) -> Result<DynamicMess
         set(&mut message, &name, &percent_decode(&value.replace('+', " ")))?;
     }
     Ok(message)
+}
+
+/// Of a call whose fields are in its body.
+pub(super) fn no_query(query: Option<&str>) -> Result<(), Status> {
+    match query.unwrap_or_default().split('&').find(|pair| !pair.is_empty()) {
+        None => Ok(()),
+        Some(pair) => {
+            let name = pair.split('=').next().unwrap_or_default();
+            Err(Status::invalid_argument(format!(
+                "there is no parameter `{name}`: the fields of this call are in its body"
+            )))
+        }
+    }
+}
+
+/// Sets the field of a variable of the path, which nothing else may give otherwise.
+pub(super) fn set_from_path(message: &mut DynamicMessage, name: &str, value: &[u8]) -> Result<(), Status> {
+    let given = message.has_field_by_name(name).then(|| message.clone());
+    set(message, name, value)?;
+    match given {
+        Some(given) if given != *message => {
+            Err(Status::invalid_argument(format!("`{name}` is in the path, and differs from what is given beside it")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Sets the field of a dotted name; a repeated field grows.
