@@ -44,6 +44,15 @@ type Name = (NamespaceId, Box<str>, Box<str>);
 /// What one probe found: passing or warning, or why not.
 type Found = Result<Health, String>;
 
+/// One probe that has ended.
+struct Ended {
+    name: Name,
+    token: Revision,
+    /// Of the leadership that began it.
+    term: u64,
+    found: Found,
+}
+
 /// One instance as this member probes it.
 struct Target {
     token: Revision,
@@ -69,7 +78,7 @@ struct Runner {
     term: Option<u64>,
     version: Option<u64>,
     places: Arc<Semaphore>,
-    found: mpsc::UnboundedSender<(Name, Revision, Found)>,
+    found: mpsc::UnboundedSender<Ended>,
 }
 
 /// Probes while this member leads. Ends with the server.
@@ -95,7 +104,7 @@ pub(crate) async fn run(context: Context) {
                 runner.look().await;
             }
             // The runner holds a sender itself, so there is always a result to come.
-            Some((name, token, found)) = results.recv() => runner.note(name, token, found),
+            Some(ended) = results.recv() => runner.note(ended),
         }
         runner.start_due();
     }
@@ -182,6 +191,7 @@ impl Runner {
     }
 
     fn start_due(&mut self) {
+        let Some(term) = self.term else { return };
         let now = Instant::now();
         while let Some((due, name)) = self.due.first().filter(|(due, _)| *due <= now).cloned() {
             let Ok(place) = self.places.clone().try_acquire_owned() else { return };
@@ -190,23 +200,26 @@ impl Runner {
             let (address, port, check) = (target.address.clone(), target.port, target.check.clone());
             let (token, found) = (target.token, self.found.clone());
             tokio::spawn(async move {
-                let result = probe(&address, port, &check).await;
+                let ended = Ended { found: probe(&address, port, &check).await, name, token, term };
                 drop(place);
                 // The runner is gone when the server stops.
-                let _ = found.send((name, token, result));
+                let _ = found.send(ended);
             });
         }
     }
 
     /// Counts what a probe found, and proposes the health that follows.
-    fn note(&mut self, name: Name, token: Revision, found: Found) {
+    fn note(&mut self, Ended { name, token, term, found }: Ended) {
+        // What another leadership of this member began is not its turn in this one: that is due already.
+        if self.term != Some(term) {
+            return;
+        }
         let Some(target) = self.targets.get_mut(&name).filter(|target| target.token == token) else { return };
         let spread = target.check.interval_ms / 10;
         let less = jitter(&name, u64::from(target.failures + target.successes) ^ token.0) % spread.max(1);
         target.due = Instant::now() + Duration::from_millis(target.check.interval_ms - less);
         self.due.insert((target.due, name.clone()));
         let Some((health, why)) = target.judge(found) else { return };
-        let Some(term) = self.term else { return };
         target.proposed = Some((health, Instant::now()));
         let (namespace, service, instance) = name;
         tracing::debug!(%service, %instance, ?health, why, "a probe changes a health");
@@ -416,6 +429,41 @@ mod tests {
         assert_eq!(new.judge(failed()), Some((Health::Critical, "refused".to_owned())));
         new.why = "refused".into();
         assert_eq!(new.judge(Err("no route".to_owned())), None);
+    }
+
+    /// A member that leads again is told what it began when it led before.
+    #[tokio::test]
+    async fn a_probe_of_before_gives_no_second_turn() {
+        let address = ([127, 0, 0, 1], 1).into();
+        let settings = Arc::new(crate::settings(&crate::Config::default(), address));
+        let (handle, _queue) = crate::driver::Handle::unserved(8);
+        let (found, mut results) = mpsc::unbounded_channel();
+        let mut runner = Runner {
+            context: Context { peers: Arc::default(), handle, settings },
+            targets: HashMap::new(),
+            due: BTreeSet::new(),
+            term: Some(1),
+            version: None,
+            places: Arc::new(Semaphore::new(1)),
+            found,
+        };
+        let learn = |runner: &mut Runner| {
+            let (name, target) = ((NamespaceId::DEFAULT, "web".into(), "a".into()), target(Health::Passing, ""));
+            runner.due.insert((target.due, name.clone()));
+            runner.targets.insert(name, target);
+        };
+        learn(&mut runner);
+        runner.start_due();
+        assert!(runner.due.is_empty());
+        runner.targets.clear();
+        runner.term = Some(3);
+        learn(&mut runner);
+        runner.note(results.recv().await.unwrap());
+        assert_eq!(runner.due.len(), 1);
+        // One of now does.
+        runner.start_due();
+        runner.note(results.recv().await.unwrap());
+        assert_eq!(runner.due.len(), 1);
     }
 
     #[test]

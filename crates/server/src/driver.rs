@@ -276,6 +276,25 @@ pub(crate) struct Handle {
     stopping: Arc<AtomicBool>,
 }
 
+#[cfg(test)]
+impl Handle {
+    /// One whose driver is a test: it takes what has come from the queue.
+    pub(crate) fn unserved(queue_max: usize) -> (Self, Queue<Loop>) {
+        let (events, queue) = turns::turns(queue_max);
+        let handle = Self {
+            events,
+            identity: Arc::default(),
+            facts: Arc::default(),
+            watch_facts: Arc::default(),
+            published: Arc::default(),
+            syncs: Arc::new(DurationHistogram::new(&[1.0])),
+            figures: Arc::default(),
+            stopping: Arc::default(),
+        };
+        (handle, queue)
+    }
+}
+
 impl Handle {
     fn send(&self, event: Event) -> Result<(), Failure> {
         self.facts.requests.fetch_add(1, Ordering::Relaxed);
@@ -444,9 +463,17 @@ impl Handle {
 /// Where the answer of a ticket goes.
 enum Waiter {
     Write(oneshot::Sender<WriteReply>),
-    Pipe { pipe: u64, item: PipeItem },
-    Renew { batch: u64, place: usize },
+    Pipe {
+        pipe: u64,
+        item: PipeItem,
+    },
+    Renew {
+        batch: u64,
+        place: usize,
+    },
     Barrier(Vec<Read>),
+    /// Tells that this member answers reads.
+    Ready(oneshot::Sender<()>),
 }
 
 /// Renewals of one request are answered together.
@@ -681,8 +708,8 @@ pub(crate) struct Loop {
     mailbox: tokio::sync::mpsc::UnboundedSender<Mail>,
     mail: Mail,
     effects: Effects,
+    /// To be told once this member answers reads; empty while one is asked for.
     ready: Option<oneshot::Sender<()>>,
-    ready_asked: bool,
     figures: Arc<Mutex<Figures>>,
     figures_at: u64,
     /// The alarms that the log of the process has already.
@@ -752,7 +779,6 @@ impl Loop {
             mail: Mail::default(),
             effects: Effects::default(),
             ready: Some(ready),
-            ready_asked: false,
             figures: handle.figures.clone(),
             figures_at: 0,
             logged: Vec::new(),
@@ -894,21 +920,9 @@ impl Loop {
 
     /// The server is ready once one linearizable read has come through: an entry of the member's own term is applied then.
     fn ask_ready(&mut self) {
-        if self.ready.is_none() || self.ready_asked {
-            return;
-        }
         let Some(reply) = self.ready.take() else { return };
-        // A refusal (no leader yet) brings the sender back by way of the flag below.
         match self.member.read() {
-            Ok(ticket) => {
-                self.ready_asked = true;
-                let query: Query = Box::new(move |view| {
-                    if view.is_ok() {
-                        let _ = reply.send(());
-                    }
-                });
-                self.waiters.insert(ticket.number, Waiter::Barrier(vec![Read::Query(query)]));
-            }
+            Ok(ticket) => drop(self.waiters.insert(ticket.number, Waiter::Ready(reply))),
             Err(_) => self.ready = Some(reply),
         }
     }
@@ -1097,10 +1111,14 @@ impl Loop {
             Waiter::Barrier(reads) => match answer {
                 Answer::ReadReady => reads.into_iter().for_each(|read| self.run_read(read)),
                 Answer::Refused(refusal) => {
-                    self.ready_asked = false;
                     reads.into_iter().for_each(|read| self.fail_read(read, &Failure::Refused(refusal.clone())));
                 }
                 _ => reads.into_iter().for_each(|read| self.fail_read(read, &Failure::Unknown)),
+            },
+            Waiter::Ready(reply) => match answer {
+                Answer::ReadReady => drop(reply.send(())),
+                // Nobody leads yet: it is asked again.
+                _ => self.ready = Some(reply),
             },
         }
     }
@@ -1322,6 +1340,8 @@ impl Loop {
                 Waiter::Pipe { pipe, item } => self.pipes.done(pipe, item, Outcome::Write(Err(Failure::Unknown))),
                 Waiter::Renew { batch, place } => self.renewed(batch, place, Answer::Unknown),
                 Waiter::Barrier(reads) => reads.into_iter().for_each(|read| self.fail_read(read, &Failure::Stopping)),
+                // Whoever waits for it hears that it is gone.
+                Waiter::Ready(_) => {}
             }
         }
         let reads = std::mem::take(&mut self.reads);
@@ -1393,24 +1413,9 @@ fn pin(machine: &Machine, revision: i64) -> Result<Revision, Rejection> {
 mod tests {
     use super::*;
 
-    fn handle(queue_max: usize) -> (Handle, Queue<Loop>) {
-        let (events, queue) = turns::turns(queue_max);
-        let handle = Handle {
-            events,
-            identity: Arc::default(),
-            facts: Arc::default(),
-            watch_facts: Arc::default(),
-            published: Arc::default(),
-            syncs: Arc::new(DurationHistogram::new(&[1.0])),
-            figures: Arc::default(),
-            stopping: Arc::default(),
-        };
-        (handle, queue)
-    }
-
     #[tokio::test]
     async fn a_full_queue_is_an_answer() {
-        let (handle, queue) = handle(1);
+        let (handle, queue) = Handle::unserved(1);
         assert_eq!(handle.send(Event::Nudge), Ok(()));
         assert_eq!(handle.write(Txn::default()).await.err(), Some(Failure::Overloaded));
         assert_eq!(handle.query(true, |_| ()).await, Err(Failure::Overloaded));
@@ -1422,13 +1427,50 @@ mod tests {
     /// A caller whose request was taken and dropped with the driver must not believe that nothing happened.
     #[tokio::test]
     async fn a_lost_answer_is_unknown() {
-        let (handle, queue) = handle(8);
+        let (handle, queue) = Handle::unserved(8);
         let caller = tokio::spawn(async move { handle.write(Txn::default()).await.err() });
         while queue.ready().next().is_none() {
             tokio::task::yield_now().await;
         }
         drop(queue);
         assert_eq!(caller.await.unwrap(), Some(Failure::Unknown));
+    }
+
+    /// While nobody leads, the read that shows that a member is ready is refused; it is asked for again.
+    #[test]
+    fn a_member_gets_ready_after_a_refusal() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = crate::Config { data_dir: folder.path().to_owned(), ..crate::Config::default() };
+        let mut disk = FsDisk::open(&config.data_dir, config.fsync).unwrap();
+        let own = crate::member_config(&config, &mut disk, ([127, 0, 0, 1], 1).into()).unwrap();
+        let member = Member::open(disk.clone(), own, now()).unwrap();
+        let (handle, _queue) = Handle::unserved(8);
+        let (jobs, job_queue) = std::sync::mpsc::channel();
+        let (mailbox, _mail) = tokio::sync::mpsc::unbounded_channel();
+        let (ready, mut is_ready) = oneshot::channel();
+        let door = PeerDoor { peers: Arc::default(), wanted: tokio::sync::watch::Sender::new(Vec::new()) };
+        let driver = DriverConfig { fragment_bytes: 1 << 20, watch_progress_ms: 1_000 };
+        let mut driver = Loop::new(member, &driver, &handle, jobs, mailbox, door, ready);
+        let until = now().0 + 10_000;
+        let mut round = |driver: &mut Loop| {
+            assert!(now().0 < until, "it does not get ready");
+            driver.round().unwrap();
+            while let Ok(job) = job_queue.try_recv() {
+                driver.take(Event::JobDone(run_job(&mut disk, job)));
+            }
+        };
+        driver.ask_ready();
+        while driver.waiters.is_empty() {
+            round(&mut driver);
+            driver.ask_ready();
+        }
+        let number = *driver.waiters.keys().next().unwrap();
+        let ticket = Ticket { number, member: driver.member.status().member, boot: 0 };
+        driver.answer(ticket, Answer::Refused(Refusal::NoQuorum));
+        while let Err(error) = is_ready.try_recv() {
+            assert_eq!(error, oneshot::error::TryRecvError::Empty, "nobody would tell any more");
+            round(&mut driver);
+        }
     }
 
     #[test]

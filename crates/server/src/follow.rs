@@ -95,6 +95,11 @@ impl Way {
 }
 
 impl WayState {
+    /// Something comes by itself: what is here and not yet published, with a wake on its way, comes before what history has.
+    fn has_more(&self) -> bool {
+        self.live || !self.changes.is_empty()
+    }
+
     fn fall_behind(&mut self, revision: Revision) {
         while self.changes.back().is_some_and(|last| last.record.mod_revision() >= revision) {
             self.bytes -= self.changes.pop_back().as_ref().map_or(0, bytes);
@@ -358,7 +363,7 @@ impl Follower {
             if let Some(followed) = self.take()? {
                 return Ok(Some(followed));
             }
-            if self.way.lock().live {
+            if self.way.lock().has_more() {
                 return Ok(None);
             }
             if let Some(followed) = self.ask().await? {
@@ -427,5 +432,110 @@ impl Follower {
     fn heard(&mut self, next: Revision) {
         self.told = next;
         self.quiet_at = Instant::now() + self.quiet;
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::pin::Pin;
+    use std::task::{Context, Poll, Waker};
+
+    use tenure_machine::{Applied, Batch, Index, LogTime, Op, Origin, Position, Put, SessionId, Term, Txn};
+
+    use super::*;
+    use crate::driver::{Event, Loop};
+    use crate::turns::Queue;
+
+    /// A machine and its followers, moved by a test.
+    pub(crate) struct ByHand {
+        pub(crate) machine: Machine,
+        pub(crate) handle: Handle,
+        pub(crate) followers: Followers,
+        queue: Queue<Loop>,
+        index: u64,
+    }
+
+    impl ByHand {
+        pub(crate) fn new() -> Self {
+            let (handle, queue) = Handle::unserved(16);
+            let machine = Machine::new();
+            let followers = Followers::new(handle.published.clone(), machine.revision());
+            Self { machine, handle, followers, queue, index: 0 }
+        }
+
+        pub(crate) fn follow(&self, span: Span) -> Follower {
+            Follower::new(&self.handle, span, self.machine.revision().next(), Duration::from_secs(60))
+        }
+
+        /// One round with a transaction of each of these.
+        pub(crate) fn round(&mut self, ops: Vec<Op>) {
+            self.index += 1;
+            let txns = ops.into_iter().map(Txn::of).collect();
+            let stamp = LogTime(self.index);
+            let batch = Batch { behaviour: tenure_machine::BEHAVIOUR, stamp, origin: Origin::default(), txns };
+            let mut out = Applied::default();
+            let at = Position { index: Index(self.index), term: Term(1) };
+            self.machine.apply(at, batch, &mut out).unwrap();
+            out.replies.iter().for_each(|(_, reply)| assert!(reply.result.is_ok(), "{reply:?}"));
+            self.followers.publish(&out.changes, None, &self.machine);
+        }
+
+        fn visits(&self) -> Vec<Visit> {
+            let visit = |event| if let Event::Follow(visit) = event { Some(visit) } else { None };
+            self.queue.ready().filter_map(visit).collect()
+        }
+
+        pub(crate) fn serve(&mut self) {
+            self.visits().into_iter().for_each(|visit| self.followers.visit(visit));
+            self.followers.serve(&self.machine);
+        }
+    }
+
+    pub(crate) fn poll<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {
+        future.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// The task looks while the driver is in the middle of a round that is larger than what may wait.
+    #[tokio::test]
+    async fn what_was_handed_over_comes_before_what_history_has() {
+        let mut driver = ByHand::new();
+        let key = Key::new(Space::Keys, NamespaceId::DEFAULT, b"k");
+        let mut follower = driver.follow(Span::one(key.clone()));
+        {
+            let mut linked = std::pin::pin!(follower.try_next());
+            assert!(poll(linked.as_mut()).is_pending());
+            driver.serve();
+            assert!(matches!(poll(linked), Poll::Ready(Ok(None))));
+        }
+        let before = driver.machine.revision();
+        let put = Put {
+            key,
+            value: vec![0; 1 << 20].into(),
+            session: SessionId(0),
+            prev: false,
+            keep_value: false,
+            keep_session: false,
+        };
+        driver.round(vec![Op::Put(put); 8]);
+        let now = driver.handle.published.swap(before.0, Ordering::AcqRel);
+        let mut told = Vec::new();
+        let mut note = |followed: Option<Followed>| {
+            if let Some(Followed::Changes(changes)) = followed {
+                told.extend(changes.iter().map(|change| change.record.mod_revision().0));
+            }
+        };
+        for _ in 0..20 {
+            let mut looking = std::pin::pin!(follower.try_next());
+            let mut looked = poll(looking.as_mut());
+            driver.handle.published.store(now, Ordering::Release);
+            while looked.is_pending() {
+                driver.serve();
+                looked = poll(looking.as_mut());
+            }
+            if let Poll::Ready(followed) = looked {
+                note(followed.unwrap());
+            }
+        }
+        assert_eq!(told, (before.0 + 1..=now).collect::<Vec<_>>());
     }
 }

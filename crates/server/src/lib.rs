@@ -51,7 +51,7 @@ use tokio::task::JoinHandle;
 pub use crate::disk_fs::FolderError;
 use crate::disk_fs::FsDisk;
 pub use crate::driver::Ending;
-use crate::driver::{Driver, DriverConfig, Handle, PeerDoor};
+use crate::driver::{Driver, DriverConfig, Failure, Handle, PeerDoor};
 use crate::front::{Front, FrontConfig};
 pub use crate::pages::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
 pub use crate::peers::TlsFiles;
@@ -61,6 +61,8 @@ use crate::peers::{PeerTls, Peers};
 const DEFAULT_CLUSTER_TOKEN: &str = "tenure-cluster";
 /// etcd's allowance above the request limit for a message as it arrives.
 const MESSAGE_OVERHEAD_BYTES: usize = 512 << 10;
+/// A limit that was refused is proposed again after this.
+const PROPOSE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Everything that `serve` can be told.
 #[derive(Clone, Debug)]
@@ -291,13 +293,20 @@ impl Server {
                 Ok(()) = is_ready => {}
                 ending = driver.ended() => return Err(StartError::Fault(ending.to_string())),
             }
-            propose_limits(&context, &config).await;
+            if let Err(failure) = propose_limits(&context, &config).await {
+                tracing::warn!(?failure, "the limit of operations per transaction could not be set");
+            }
         } else {
             // Whoever is one of several says at once that it lives, and later that it is ready.
             let (context, config) = (context.clone(), config.clone());
             tasks.push(tokio::spawn(async move {
-                if is_ready.await.is_ok() {
-                    propose_limits(&context, &config).await;
+                if is_ready.await.is_err() {
+                    return;
+                }
+                // Who leads may change just now.
+                while let Err(failure) = propose_limits(&context, &config).await {
+                    tracing::debug!(?failure, "the limit of operations per transaction is proposed again");
+                    tokio::time::sleep(PROPOSE_AGAIN).await;
                 }
             }));
         }
@@ -602,12 +611,10 @@ fn settings(config: &Config, address: SocketAddr) -> Settings {
 }
 
 /// Limits that apply reads are state: a flag that differs proposes its value.
-async fn propose_limits(context: &Context, config: &Config) {
+async fn propose_limits(context: &Context, config: &Config) -> Result<(), Failure> {
     let wanted = config.max_txn_ops;
-    let Ok(current) = context.query(true, |view| view.machine.limit(Limit::TxnOps)).await else { return };
-    if current != wanted
-        && let Err(failure) = context.write(Txn::of(Op::SetLimit { limit: Limit::TxnOps, value: wanted })).await
-    {
-        tracing::warn!(?failure, "the limit of operations per transaction could not be set");
+    if context.query(true, |view| view.machine.limit(Limit::TxnOps)).await? != wanted {
+        context.write(Txn::of(Op::SetLimit { limit: Limit::TxnOps, value: wanted })).await?;
     }
+    Ok(())
 }

@@ -353,8 +353,14 @@ impl Hub {
             watcher.heard = true;
             let (stream, id, options) = (watcher.stream, watcher.id, watcher.options);
             let count = places.len();
-            if options.fragment && self.deliver_fragments(at, revision, changes, &places) {
-                continue;
+            if options.fragment {
+                if !self.has_room(stream) {
+                    self.fall_behind(at, revision);
+                    continue;
+                }
+                if self.deliver_fragments(at, revision, changes, &places) {
+                    continue;
+                }
             }
             let tail = made.get(&self.identity, revision, changes, places, options.prev_kv);
             self.deliver(at, stream, id, revision, &tail, count);
@@ -371,13 +377,18 @@ impl Hub {
         tail: &Bytes,
         events: usize,
     ) {
-        let Some(stream) = self.streams.get_mut(&stream_id) else { return };
-        if stream.out.bytes() + stream.pending.len() >= STREAM_BYTES_MAX {
+        if !self.has_room(stream_id) {
             return self.fall_behind(at, revision);
         }
+        let Some(stream) = self.streams.get_mut(&stream_id) else { return };
         put_answer(&mut stream.pending, id, tail);
         mark_dirty(stream, stream_id, &mut self.dirty);
         self.facts.events.fetch_add(events as u64, Ordering::Relaxed);
+    }
+
+    /// A stream that is gone has: nothing comes of it.
+    fn has_room(&self, stream_id: StreamId) -> bool {
+        self.streams.get(&stream_id).is_none_or(|stream| stream.out.bytes() + stream.pending.len() < STREAM_BYTES_MAX)
     }
 
     fn fall_behind(&mut self, at: WatcherId, revision: Revision) {
@@ -791,5 +802,60 @@ fn end_of(span: &Span) -> Key {
             next.push(0);
             Key::from_bytes(&next)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tenure_machine::{
+        Applied, Batch, Index, LogTime, NamespaceId, Op, Origin, Position, Put, SessionId, Term, Txn,
+    };
+
+    use super::*;
+
+    /// W5, for watchers that allow fragments too.
+    #[test]
+    fn fragments_wait_within_the_limit() {
+        let mut machine = Machine::new();
+        let mut hub = Hub::new(Arc::default(), Arc::default(), 1 << 20, 1_000);
+        let out = Arc::new(StreamOut::default());
+        let stream = hub.open(out.clone(), 0);
+        let options = WatchOptions { fragment: true, ..WatchOptions::default() };
+        let (key, range_end) = (Bytes::from_static(b"k"), Bytes::from_static(b"l"));
+        hub.create(stream, &WatchCreate { id: 1, key, range_end, start_revision: 0, options }, &machine);
+        let put = |name: &[u8]| {
+            Op::Put(Put {
+                key: Key::new(Space::Keys, NamespaceId::DEFAULT, name),
+                value: vec![0; 1 << 20].into(),
+                session: SessionId(0),
+                prev: false,
+                keep_value: false,
+                keep_session: false,
+            })
+        };
+        for at in 1..=8 {
+            let txns = vec![Txn { then: vec![put(b"k1"), put(b"k2")], ..Txn::default() }];
+            let batch =
+                Batch { behaviour: tenure_machine::BEHAVIOUR, stamp: LogTime(at), origin: Origin::default(), txns };
+            let mut applied = Applied::default();
+            machine.apply(Position { index: Index(at), term: Term(1) }, batch, &mut applied).unwrap();
+            hub.publish(&applied.changes);
+            hub.flush(&mut Vec::new());
+        }
+        let revision = 5 << 19;
+        assert!(out.bytes() < STREAM_BYTES_MAX + revision, "{} bytes wait", out.bytes());
+        // What did not fit comes as there is room.
+        let mut bytes = 0;
+        for _ in 0..100 {
+            while let Some(frames) = out.take() {
+                bytes += frames.len();
+                if out.sent(frames.len()) {
+                    hub.drained(stream);
+                }
+            }
+            hub.catch_up(&machine);
+            hub.flush(&mut Vec::new());
+        }
+        assert!(bytes > 16 << 20 && bytes < 17 << 20, "{bytes} bytes came");
     }
 }

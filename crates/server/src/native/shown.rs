@@ -140,8 +140,7 @@ fn object_facts(object: &Object, facts: &mut Facts) {
             for (name, value) in &instance.spec.meta {
                 facts.put(&format!("meta.{name}"), value);
             }
-            let health = match instance.checked {
-                _ if instance.draining => "draining",
+            let health = match instance.health() {
                 Health::Passing => "passing",
                 Health::Warning => "warning",
                 Health::Critical => "critical",
@@ -196,5 +195,46 @@ impl Facts {
             Ok(text) => self.put(name, text),
             Err(_) => self.put(&format!("{name}_bytes"), base64::engine::general_purpose::STANDARD.encode(value)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tenure_machine::{Check, Instance, InstanceSpec, LogTime, Revision, SessionId};
+
+    use super::*;
+
+    #[test]
+    fn who_is_critical_is_told_as_such_also_while_it_drains() {
+        let check = |checked, draining, expected: &str| {
+            let spec = InstanceSpec {
+                address: "127.0.0.1".into(),
+                port: 80,
+                tags: Vec::new(),
+                meta: Vec::new(),
+                weight: 1,
+                session: SessionId(0),
+                check: Check::Ttl(1_000),
+                deregister_after_ms: 60_000,
+            };
+            let instance = Instance {
+                spec: Box::new(spec),
+                token: Revision(2),
+                revision: Revision(2),
+                registered: LogTime(0),
+                checked,
+                why: "".into(),
+                since: LogTime(0),
+                fell: false,
+                draining,
+                leaves: None,
+            };
+            let mut facts = Facts::default();
+            object_facts(&Object::Instance(std::sync::Arc::new(instance)), &mut facts);
+            assert_eq!(facts.0["health"], expected);
+        };
+        check(Health::Passing, false, "passing");
+        check(Health::Passing, true, "draining");
+        check(Health::Critical, true, "critical");
     }
 }
