@@ -2,14 +2,63 @@
 //!
 //! Exit codes are a contract that scripts rely on; the table is [`exit`]. A failure is one line that starts with `error:`, then,
 //! where there is something to do about it, one that starts with `hint:`. Both go to standard error.
+//!
+//! Nothing here fails because nobody reads it: `out!` ends the process quietly when the reader of standard output has gone, as `head` does to what it
+//! reads, and `err!` goes on, for a command may be watched over or a job be in work.
 
 use std::fmt;
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _, StdoutLock, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use tenure_client::{Client, ClientOptions, Code, Error, Outcome};
+
+/// A line to standard output, of a command that only prints.
+macro_rules! out {
+    () => { $crate::common::print_line(format_args!("")) };
+    ($($text:tt)*) => { $crate::common::print_line(format_args!($($text)*)) };
+}
+
+/// A line to standard error, if somebody reads it.
+macro_rules! err {
+    ($($text:tt)*) => { $crate::common::tell_line(format_args!($($text)*)) };
+}
+
+/// Standard output, of a command that only prints: the process ends when its reader has gone. What was asked for has been done by then.
+pub(crate) struct Stdout(StdoutLock<'static>);
+
+pub(crate) fn stdout() -> Stdout {
+    Stdout(std::io::stdout().lock())
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        end_if_unread(self.0.write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        end_if_unread(self.0.flush())
+    }
+}
+
+fn end_if_unread<T>(written: std::io::Result<T>) -> std::io::Result<T> {
+    match written {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        written => written,
+    }
+}
+
+pub(crate) fn print_line(text: fmt::Arguments<'_>) {
+    if let Err(error) = writeln!(stdout(), "{text}") {
+        print_failure(&format!("standard output: {error}"), None);
+        std::process::exit(exit::FAILURE.into());
+    }
+}
+
+pub(crate) fn tell_line(text: fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
 
 /// Exit codes of the command's own failures, by the error codes of the protocol.
 pub(crate) mod exit {
@@ -182,14 +231,11 @@ fn hint_for(error: &Error) -> Option<String> {
         }
         Error::Unknown { .. } => "the change may or may not have happened: read before you try again",
         Error::Refused(problem) => match problem.code {
-            Code::Fenced if problem.holder.is_some() => {
-                "another owner has taken over since: stop, and let whoever holds the lock now do the work. Repeating with this token never succeeds"
-            }
             Code::Fenced => {
-                "the lock was lost or freed since this token was granted: stop, and take it anew. Repeating with this token never succeeds"
+                "what this token was granted for is over, or was never granted: repeating with it never succeeds"
             }
             Code::Held | Code::TimeoutWaiting => "wait longer with --wait, or ask `tenure session list` who is alive",
-            Code::SessionExpired => "what it held is free now; make a new session and start over",
+            Code::SessionExpired => "if it was yours, what it held is free now: make a new session and start over",
             Code::Compacted => "start again from a fresh read",
             Code::NoQuorum if problem.outcome == Outcome::Unknown => {
                 "the change may or may not have happened: read before you try again"
@@ -201,6 +247,19 @@ fn hint_for(error: &Error) -> Option<String> {
         _ => return None,
     };
     Some(hint.to_owned())
+}
+
+/// Of a request that carried the token of a lock.
+pub(crate) fn fenced_by_lock(error: Error) -> Failure {
+    let hint = error.problem().filter(|problem| problem.code == Code::Fenced).map(|problem| match problem.holder {
+        Some(_) => {
+            "another owner has taken over since: stop, and let whoever holds the lock now do the work. Repeating with this token never succeeds"
+        }
+        None => {
+            "the lock was lost or freed since this token was granted: stop, and take it anew. Repeating with this token never succeeds"
+        }
+    });
+    Failure::from(error).hint_if(hint)
 }
 
 /// Prints a failure and gives its exit code. Errors that are no [`Failure`] get the code of the client error they hold, else 1.
@@ -219,9 +278,9 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
 
 /// Prints an error and a hint to standard error.
 pub(crate) fn print_failure(message: &str, hint: Option<&str>) {
-    eprintln!("error: {message}");
+    err!("error: {message}");
     if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+        err!("hint: {hint}");
     }
 }
 
@@ -230,11 +289,16 @@ pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Reads a duration such as `15s`, `500ms`, `1m30s`, `2h`, or a plain number of seconds as `flock -w` takes it.
+/// Reads a duration such as `15s`, `500ms`, `1m30s`, `2h`, or a plain number of seconds as `flock -w` takes it. Anything below a millisecond but zero
+/// is a millisecond: it is sent in whole ones, and zero often means something else.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a duration: write 15s, 500ms, 1m30s or a number of seconds");
+    let time = |seconds: f64| {
+        let time = Duration::try_from_secs_f64(seconds).ok()?;
+        Some(if seconds > 0.0 { time.max(Duration::from_millis(1)) } else { time })
+    };
     if let Ok(seconds) = text.parse::<f64>() {
-        return Duration::try_from_secs_f64(seconds).map_err(|_| wrong());
+        return time(seconds).ok_or_else(wrong);
     }
     let (mut rest, mut total) = (text, Duration::ZERO);
     while !rest.is_empty() {
@@ -250,7 +314,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
             _ => return Err(wrong()),
         };
         let number: f64 = number.parse().map_err(|_| wrong())?;
-        total += Duration::try_from_secs_f64(number * factor).map_err(|_| wrong())?;
+        total = time(number * factor).and_then(|more| total.checked_add(more)).ok_or_else(wrong)?;
         rest = tail;
     }
     if text.is_empty() { Err(wrong()) } else { Ok(total) }
@@ -285,7 +349,7 @@ pub(crate) fn print_table(headings: &[&str], rows: &[Vec<String>]) {
     let widths: Vec<usize> = (0..headings.len()).map(width).collect();
     let line = |cells: Vec<&str>| {
         let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        println!("{}", padded.join("  ").trim_end());
+        out!("{}", padded.join("  ").trim_end());
     };
     line(headings.to_vec());
     for row in rows {
@@ -315,7 +379,15 @@ mod tests {
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(duration("2.5"), Ok(Duration::from_millis(2_500)));
         assert_eq!(duration("0"), Ok(Duration::ZERO));
-        for wrong in ["", "s", "15x", "-1", "1s2", "soon"] {
+        assert_eq!(
+            duration("0.5ms"),
+            Ok(Duration::from_millis(1)),
+            "it never becomes zero, which means something else"
+        );
+        assert_eq!(duration("0.0000000001"), Ok(Duration::from_millis(1)));
+        assert_eq!(duration("0s"), Ok(Duration::ZERO));
+        let much = "18446744073709550000s";
+        for wrong in ["", "s", "15x", "-1", "1s2", "soon", "nan", &format!("{much}{much}")] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
     }

@@ -282,7 +282,7 @@ async fn schema(client: &Client, command: SchemaCommand) -> Result<(), Failure> 
             let Some(schema) = client.config_schema(&key).await.map_err(failure)? else {
                 return Err(Failure::new(exit::NOT_FOUND, format!("`{key}` has no schema")));
             };
-            println!("{}", schema.trim_end());
+            out!("{}", schema.trim_end());
         }
         SchemaCommand::Set { key, content, output } => {
             let text = String::from_utf8(content.read()?).map_err(|_| Failure::usage("a schema is text"))?;
@@ -337,15 +337,15 @@ async fn watch(
         left -= 1;
         match (&event, output) {
             (ConfigEvent::Given(version), Output::Json) => {
-                println!("{}", json!({ "type": "GIVEN", "config": with_content(version) }));
+                out!("{}", json!({ "type": "GIVEN", "config": with_content(version) }));
             }
-            (ConfigEvent::Deleted(key), Output::Json) => println!("{}", json!({ "type": "DELETED", "key": key })),
+            (ConfigEvent::Deleted(key), Output::Json) => out!("{}", json!({ "type": "DELETED", "key": key })),
             (ConfigEvent::Given(version), Output::Table) => {
                 let trial = if version.candidate { ", candidate" } else { "" };
-                println!("{} (version {}{trial})", version.key, version.version);
+                out!("{} (version {}{trial})", version.key, version.version);
                 write_content(version)?;
             }
-            (ConfigEvent::Deleted(key), Output::Table) => println!("{key} (deleted)"),
+            (ConfigEvent::Deleted(key), Output::Table) => out!("{key} (deleted)"),
             // What a newer library may tell.
             _ => {}
         }
@@ -363,12 +363,12 @@ async fn diff(client: &Client, key: &str, from: u64, to: u64) -> anyhow::Result<
         return Ok(ExitCode::SUCCESS);
     }
     let (Some(before), Some(after)) = (old.text(), new.text()) else {
-        println!("version {} and version {} differ, and are no text", old.version, new.version);
+        out!("version {} and version {} differ, and are no text", old.version, new.version);
         return Ok(ExitCode::FAILURE);
     };
-    println!("--- {key} version {}\n+++ {key} version {}", old.version, new.version);
+    out!("--- {key} version {}\n+++ {key} version {}", old.version, new.version);
     for line in lines(&before.lines().collect::<Vec<_>>(), &after.lines().collect::<Vec<_>>()) {
-        println!("{line}");
+        out!("{line}");
     }
     Ok(ExitCode::FAILURE)
 }
@@ -429,7 +429,7 @@ fn missing(key: &str, version: u64) -> Failure {
 
 fn changed(done: &str, change: ConfigChange, output: Output) {
     if output == Output::Json {
-        println!(
+        out!(
             "{}",
             json!({
                 "version": change.version.to_string(),
@@ -443,12 +443,12 @@ fn changed(done: &str, change: ConfigChange, output: Output) {
     let current = if change.current == 0 { "none".to_owned() } else { format!("version {}", change.current) };
     let trial = if change.candidate == 0 { String::new() } else { format!(", candidate {}", change.candidate) };
     let schema = if change.schema == 0 { String::new() } else { format!(", schema {}", change.schema) };
-    println!("{done} (current: {current}{trial}{schema})");
+    out!("{done} (current: {current}{trial}{schema})");
 }
 
 fn print_content(version: &ConfigVersion, output: Output) -> Result<(), Failure> {
     if output == Output::Json {
-        println!("{}", with_content(version));
+        out!("{}", with_content(version));
         return Ok(());
     }
     write_content(version)
@@ -456,7 +456,7 @@ fn print_content(version: &ConfigVersion, output: Output) -> Result<(), Failure>
 
 /// As it is; a line of text gets its end.
 fn write_content(version: &ConfigVersion) -> Result<(), Failure> {
-    let mut out = std::io::stdout().lock();
+    let mut out = crate::common::stdout();
     let mut written = out.write_all(&version.content);
     if !version.content.ends_with(b"\n") && version.text().is_some() {
         written = written.and_then(|()| out.write_all(b"\n"));
@@ -466,7 +466,7 @@ fn write_content(version: &ConfigVersion) -> Result<(), Failure> {
 
 fn print_versions(versions: &[ConfigVersion], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::from(versions.iter().map(document).collect::<Vec<_>>()));
+        out!("{}", Value::from(versions.iter().map(document).collect::<Vec<_>>()));
         return;
     }
     let row = |one: &ConfigVersion| {
@@ -486,7 +486,7 @@ fn print_versions(versions: &[ConfigVersion], output: Output) {
 
 fn print_list(versions: &[ConfigVersion], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::from(versions.iter().map(document).collect::<Vec<_>>()));
+        out!("{}", Value::from(versions.iter().map(document).collect::<Vec<_>>()));
         return;
     }
     let row = |one: &ConfigVersion| {

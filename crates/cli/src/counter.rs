@@ -167,30 +167,30 @@ async fn delete(client: &Client, args: DeleteArgs) -> anyhow::Result<()> {
         _ => delete,
     };
     let deleted = delete.await?;
-    println!("{}", if deleted { "deleted" } else { "there was none" });
+    out!("{}", if deleted { "deleted" } else { "there was none" });
     Ok(())
 }
 
 async fn next(client: &Client, args: NextArgs) -> anyhow::Result<()> {
     let numbers = client.sequence(args.name).block_at_least(args.block, args.at_least).await?;
     match args.output.output {
-        Output::Json => println!("{}", json!({ "from": numbers.start.to_string(), "to": numbers.end.to_string() })),
-        Output::Table if args.block == 1 => println!("{}", numbers.start),
-        Output::Table => println!("{} {}", numbers.start, numbers.end - 1),
+        Output::Json => out!("{}", json!({ "from": numbers.start.to_string(), "to": numbers.end.to_string() })),
+        Output::Table if args.block == 1 => out!("{}", numbers.start),
+        Output::Table => out!("{} {}", numbers.start, numbers.end - 1),
     }
     Ok(())
 }
 
 fn print_one(counter: &CounterInfo, output: Output) {
     match output {
-        Output::Json => println!("{}", document(counter)),
-        Output::Table => println!("{}", counter.value),
+        Output::Json => out!("{}", document(counter)),
+        Output::Table => out!("{}", counter.value),
     }
 }
 
 fn print_counters(counters: &[CounterInfo], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::from(counters.iter().map(document).collect::<Vec<_>>()));
+        out!("{}", Value::from(counters.iter().map(document).collect::<Vec<_>>()));
         return;
     }
     let row = |c: &CounterInfo| vec![c.name.clone(), c.value.to_string(), c.revision.to_string()];
@@ -205,7 +205,7 @@ fn document(counter: &CounterInfo) -> Value {
 fn print_sequences(sequences: &[SequenceInfo], output: Output) {
     if output == Output::Json {
         let one = |s: &SequenceInfo| json!({ "name": s.name, "next": s.next.to_string(), "revision": s.revision.to_string() });
-        println!("{}", Value::from(sequences.iter().map(one).collect::<Vec<_>>()));
+        out!("{}", Value::from(sequences.iter().map(one).collect::<Vec<_>>()));
         return;
     }
     let row = |s: &SequenceInfo| vec![s.name.clone(), s.next.to_string(), s.revision.to_string()];

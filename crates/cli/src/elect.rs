@@ -159,8 +159,8 @@ async fn supervise(
         let (leader, signal, stop) = (leader.clone(), args.warn_signal.number(), signals.sender());
         tokio::spawn(async move {
             leader.should_yield().await;
-            eprintln!("a candidate with a higher priority waits; the command is asked to stop");
             let _ = stop.send(signal).await;
+            lock::tell("a candidate with a higher priority waits; the command is asked to stop".to_owned());
         });
     }
     let ended = lock::run_supervised(supervision, command, &mut signals).await?;
@@ -189,8 +189,8 @@ async fn conclude(args: &ElectArgs, leader: Leadership, session: Session, ended:
             print_failure(&message, Some(hint));
             return Ok(ExitCode::from(args.lost_code));
         }
-        Ok(Err(error)) => eprintln!("warning: the lead was not resigned ({error}); it ends with its ttl"),
-        Err(_) => eprintln!("warning: the lead was not resigned (no answer); it ends with its ttl"),
+        Ok(Err(error)) => err!("warning: the lead was not resigned ({error}); it ends with its ttl"),
+        Err(_) => err!("warning: the lead was not resigned (no answer); it ends with its ttl"),
         Ok(Ok(())) => {}
     }
     Ok(ExitCode::from(lock::code_of(ended.status)))
@@ -211,18 +211,18 @@ async fn observe(client: &Client, name: &str, output: Output) -> anyhow::Result<
 /// One line for each state, so that a script can read them as they come.
 fn print_state(info: &ElectionInfo, output: Output) {
     match (output, &info.leader) {
-        (Output::Json, _) => println!("{}", document(info)),
-        (Output::Table, None) => println!("vacant"),
+        (Output::Json, _) => out!("{}", document(info)),
+        (Output::Table, None) => out!("vacant"),
         (Output::Table, Some(leader)) => {
             let yields = if info.should_yield { " (should yield)" } else { "" };
-            println!("{} {} {}{yields}", leader.token, leader.session, String::from_utf8_lossy(&leader.value));
+            out!("{} {} {}{yields}", leader.token, leader.session, String::from_utf8_lossy(&leader.value));
         }
     }
 }
 
 fn print_list(elections: &[ElectionInfo], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::from(elections.iter().map(document).collect::<Vec<_>>()));
+        out!("{}", Value::from(elections.iter().map(document).collect::<Vec<_>>()));
         return;
     }
     print_table(&HEADINGS, &elections.iter().map(row).collect::<Vec<_>>());
@@ -247,17 +247,17 @@ fn row(info: &ElectionInfo) -> Vec<String> {
 
 fn print_one(info: &ElectionInfo, output: Output) {
     if output == Output::Json {
-        println!("{}", document(info));
+        out!("{}", document(info));
         return;
     }
     print_table(&HEADINGS, &[row(info)]);
     for candidate in &info.candidates {
         let waited = candidate.waited.as_secs_f64();
         let ElectionCandidate { position, session, priority, session_name, .. } = candidate;
-        println!("  {position}. session {session} ({session_name}), priority {priority}, waits {waited:.1}s");
+        out!("  {position}. session {session} ({session_name}), priority {priority}, waits {waited:.1}s");
     }
     if info.should_yield {
-        println!("  the leader should yield: a candidate with a higher priority waits");
+        out!("  the leader should yield: a candidate with a higher priority waits");
     }
 }
 

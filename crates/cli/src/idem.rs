@@ -259,7 +259,7 @@ struct RunArgs {
 
 pub(crate) async fn run(common: &Common, args: IdemArgs) -> anyhow::Result<ExitCode> {
     match args.verb {
-        Verb::Derive { parent, step } => println!("{}", derive(&parent, &step)),
+        Verb::Derive { parent, step } => out!("{}", derive(&parent, &step)),
         Verb::Begin(args) => return begin(common, args).await,
         Verb::Run(args) => return run_once(common, args).await,
         Verb::Complete(args) => {
@@ -337,11 +337,11 @@ async fn begin(common: &Common, args: BeginArgs) -> anyhow::Result<ExitCode> {
     match records.begin(&args.name.key).await.map_err(Failure::from)? {
         Begun::Granted(attempt) => {
             match args.output.output {
-                Output::Json => println!("{}", granted_json(&attempt)),
+                Output::Json => out!("{}", granted_json(&attempt)),
                 Output::Table => {
-                    println!("granted attempt {} (number {})", attempt.token(), attempt.number());
+                    out!("granted attempt {} (number {})", attempt.token(), attempt.number());
                     for point in attempt.checkpoints() {
-                        println!("  {}: {}", point.name, String::from_utf8_lossy(&point.data));
+                        out!("  {}: {}", point.name, String::from_utf8_lossy(&point.data));
                     }
                 }
             }
@@ -349,18 +349,18 @@ async fn begin(common: &Common, args: BeginArgs) -> anyhow::Result<ExitCode> {
         }
         Begun::InFlight(flight) => {
             match args.output.output {
-                Output::Json => println!("{}", flight_json(&flight)),
+                Output::Json => out!("{}", flight_json(&flight)),
                 Output::Table => print_failure(&flight.to_string(), Some(ASK_LATER)),
             }
             Ok(ExitCode::from(exit::IN_FLIGHT))
         }
         Begun::Replay(replay) => {
             match args.output.output {
-                Output::Json => println!("{}", replay_json(&replay)),
+                Output::Json => out!("{}", replay_json(&replay)),
                 Output::Table => {
                     let what = if replay.failed { "failed" } else { "completed" };
-                    println!("{what} {} ago with status {}:", ago(replay.finished), replay.result.status);
-                    println!("{}", String::from_utf8_lossy(&replay.result.body));
+                    out!("{what} {} ago with status {}:", ago(replay.finished), replay.result.status);
+                    out!("{}", String::from_utf8_lossy(&replay.result.body));
                 }
             }
             Ok(ExitCode::SUCCESS)
@@ -459,18 +459,18 @@ const HEADINGS: [&str; 8] = ["SCOPE", "KEY", "STATE", "ATTEMPT", "NO", "SINCE", 
 
 fn show_record(record: &RecordInfo, output: Output) {
     if output == Output::Json {
-        println!("{}", record_json(record));
+        out!("{}", record_json(record));
         return;
     }
     print_table(&HEADINGS, &[row(record)]);
     for point in &record.checkpoints {
-        println!("checkpoint {}: {}", point.name, String::from_utf8_lossy(&point.data));
+        out!("checkpoint {}: {}", point.name, String::from_utf8_lossy(&point.data));
     }
     if let Some(result) = &record.result {
-        println!("status {}", result.status);
+        out!("status {}", result.status);
         match &result.not_retained {
-            Some(lost) => println!("{} bytes, not kept", lost.size),
-            None => println!("{}", String::from_utf8_lossy(&result.body)),
+            Some(lost) => out!("{} bytes, not kept", lost.size),
+            None => out!("{}", String::from_utf8_lossy(&result.body)),
         }
     }
 }
@@ -484,7 +484,7 @@ async fn list(common: &Common, args: ListArgs) -> anyhow::Result<ExitCode> {
     };
     let found = found.map_err(Failure::from)?;
     match args.output.output {
-        Output::Json => println!("{}", Value::Array(found.iter().map(record_json).collect())),
+        Output::Json => out!("{}", Value::Array(found.iter().map(record_json).collect())),
         Output::Table => print_table(&HEADINGS, &found.iter().map(row).collect::<Vec<_>>()),
     }
     Ok(ExitCode::SUCCESS)
@@ -502,7 +502,8 @@ async fn run_once(common: &Common, args: RunArgs) -> anyhow::Result<ExitCode> {
             return Err(Failure::new(exit::IN_FLIGHT, flight.to_string()).hint(ASK_LATER).into());
         }
         Begun::Replay(replay) => {
-            std::io::stdout().write_all(&replay.result.body)?;
+            // Whoever reads it may be gone; the exit code is that of the first run all the same.
+            let _ = std::io::stdout().write_all(&replay.result.body).and_then(|()| std::io::stdout().flush());
             return Ok(ExitCode::from(u8::try_from(replay.result.status).unwrap_or(exit::FAILURE)));
         }
     };

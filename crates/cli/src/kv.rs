@@ -2,7 +2,7 @@
 //!
 //! A value that is not valid UTF-8 is printed as it is by `get` (so that it can go into a file) and as base64 in JSON.
 
-use crate::common::{Common, Failure, Output, OutputArg, exit, payload};
+use crate::common::{Common, Failure, Output, OutputArg, exit, fenced_by_lock, payload, stdout};
 use anyhow::Result;
 use base64::Engine as _;
 use serde_json::{Value, json};
@@ -166,16 +166,16 @@ async fn get(client: &Client, args: GetArgs) -> Result<ExitCode> {
         Output::Json if args.stale => {
             let mut told = range_json(&found);
             told["stale_ms"] = json!(found.age.map(|age| age.as_millis().to_string()));
-            println!("{told}");
+            out!("{told}");
         }
-        Output::Json => println!("{}", range_json(&found)),
-        Output::Table if args.count_only => println!("{}", found.count),
+        Output::Json => out!("{}", range_json(&found)),
+        Output::Table if args.count_only => out!("{}", found.count),
         Output::Table => print_records(&found.records, args.print_value_only || one, args.keys_only)?,
     }
     if args.stale && args.output.output == Output::Table {
         // Beside the answer, which may be read by a program.
         let age = found.age.map_or("of unknown age".to_owned(), |age| format!("at most {} ms old", age.as_millis()));
-        eprintln!("revision {}, {age}", found.revision);
+        err!("revision {}, {age}", found.revision);
     }
     if one && found.count == 0 {
         return Err(Failure::new(exit::NOT_FOUND, format!("there is no key `{}`", args.key)).into());
@@ -185,7 +185,7 @@ async fn get(client: &Client, args: GetArgs) -> Result<ExitCode> {
 
 /// A single key prints its value alone; several print each key and its value on a line of their own, as etcdctl does.
 fn print_records(records: &[Record], values_only: bool, keys_only: bool) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = stdout();
     for record in records {
         if !values_only || keys_only {
             out.write_all(&record.key)?;
@@ -214,14 +214,14 @@ async fn put(client: &Client, args: PutArgs) -> Result<ExitCode> {
     if args.prev {
         put = put.prev();
     }
-    let done = put.await?;
+    let done = put.await.map_err(fenced_by_lock)?;
     match args.output.output {
-        Output::Json => println!(
+        Output::Json => out!(
             "{}",
             json!({ "revision": done.revision.to_string(), "replayed": done.replayed, "prev": done.prev.as_ref().map(record_json) })
         ),
         Output::Table => {
-            println!("ok, revision {}", done.revision);
+            out!("ok, revision {}", done.revision);
             print_records(done.prev.as_slice(), false, false)?;
         }
     }
@@ -242,17 +242,17 @@ async fn del(client: &Client, args: DelArgs) -> Result<ExitCode> {
     for proof in args.require_lock {
         delete = delete.require_lock(proof);
     }
-    let done = delete.await?;
+    let done = delete.await.map_err(fenced_by_lock)?;
     match args.output.output {
         Output::Json => {
             let prev: Vec<Value> = done.prev.iter().map(record_json).collect();
-            println!(
+            out!(
                 "{}",
                 json!({ "revision": done.revision.to_string(), "deleted": done.deleted.to_string(), "prev": prev })
             );
         }
         Output::Table => {
-            println!("{} deleted, revision {}", done.deleted, done.revision);
+            out!("{} deleted, revision {}", done.deleted, done.revision);
             print_records(&done.prev, false, false)?;
         }
     }
@@ -277,11 +277,11 @@ async fn txn(client: &Client, args: TxnArgs) -> Result<ExitCode> {
             (_, _) => return Err(wrong("there are three blocks: compares, then, otherwise".into()).into()),
         }
     }
-    let done = txn.await?;
+    let done = txn.await.map_err(fenced_by_lock)?;
     match args.output.output {
-        Output::Json => println!("{}", txn_json(&done)),
+        Output::Json => out!("{}", txn_json(&done)),
         Output::Table => {
-            println!(
+            out!(
                 "{}, revision {}",
                 if done.succeeded { "compares held" } else { "a compare did not hold" },
                 done.revision
@@ -296,10 +296,10 @@ fn print_replies(replies: &[OpReply]) -> Result<()> {
     for reply in replies {
         match reply {
             OpReply::Put(prev) => {
-                println!("ok");
+                out!("ok");
                 print_records(prev.as_slice(), false, false)?;
             }
-            OpReply::Deleted(n) => println!("{n} deleted"),
+            OpReply::Deleted(n) => out!("{n} deleted"),
             OpReply::Range(range) => print_records(&range.records, false, false)?,
             OpReply::Txn(nested) => print_replies(&nested.replies)?,
         }

@@ -268,24 +268,28 @@ fn held(args: &LockArgs, error: &Error) -> Failure {
 async fn administer(common: &Common, args: &LockArgs) -> Result<(), Failure> {
     let client = common.client().map_err(|error| Failure::usage(error.to_string()))?;
     if let (Some(token), Some(reason)) = (args.token, &args.reason) {
-        let taken = client.force_release(&args.name, token, reason).await?;
+        let taken = client.force_release(&args.name, token, reason).await.map_err(|error| {
+            let other = (error.code() == Some(Code::Fenced))
+                .then(|| format!("`tenure lock {} --show` tells who holds it, under which token", args.name));
+            Failure::from(error).hint_if(other.as_deref())
+        })?;
         match args.output {
-            Output::Json => println!("{}", json!({ "name": args.name, "token": token.to_string(), "taken": taken })),
-            Output::Table => println!("took lock `{}` away from {taken} under token {token}", args.name),
+            Output::Json => out!("{}", json!({ "name": args.name, "token": token.to_string(), "taken": taken })),
+            Output::Table => out!("took lock `{}` away from {taken} under token {token}", args.name),
         }
         return Ok(());
     }
     if let Some(permits) = args.resize {
         let before = client.resize_lock(&args.name, permits).await?;
         match args.output {
-            Output::Json => println!("{}", json!({ "name": args.name, "of": permits, "before": before })),
-            Output::Table => println!("lock `{}` has {permits} permits, {before} before", args.name),
+            Output::Json => out!("{}", json!({ "name": args.name, "of": permits, "before": before })),
+            Output::Table => out!("lock `{}` has {permits} permits, {before} before", args.name),
         }
         return Ok(());
     }
     let info = client.lock_info(&args.name).await?;
     match args.output {
-        Output::Json => println!("{}", document(&info)),
+        Output::Json => out!("{}", document(&info)),
         Output::Table => print_lock(&info),
     }
     Ok(())
@@ -305,7 +309,7 @@ fn print_lock(info: &LockInfo) {
     } else {
         String::new()
     };
-    println!("lock `{}`: held by {}{free}, {} waiting", info.name, info.holder_count, info.waiter_count);
+    out!("lock `{}`: held by {}{free}, {} waiting", info.name, info.holder_count, info.waiter_count);
     let holders = info.holders.iter().map(|holder| {
         let for_ = if holder.kept.is_zero() { seconds(holder.held) } else { format!("kept {}", seconds(holder.kept)) };
         let slots: Vec<String> = holder.slots.iter().map(u32::to_string).collect();
@@ -477,8 +481,8 @@ async fn conclude(args: &LockArgs, guard: LockGuard, ended: Ended) -> anyhow::Re
             );
             return Ok(ExitCode::from(args.lost_code));
         }
-        Ok(Err(error)) => eprintln!("warning: the lock was not freed ({error}); it ends with its ttl"),
-        Err(_) => eprintln!("warning: the lock was not freed (no answer); it ends with its ttl"),
+        Ok(Err(error)) => err!("warning: the lock was not freed ({error}); it ends with its ttl"),
+        Err(_) => err!("warning: the lock was not freed (no answer); it ends with its ttl"),
         Ok(Ok(())) => {}
     }
     Ok(ExitCode::from(code_of(ended.status)))
@@ -632,13 +636,13 @@ impl Watch {
 
     fn warn(&self, target: Target) {
         let left = self.supervision.session.deadline().since(BootTime::now());
-        eprintln!(
-            "warning: the lock cannot be renewed; the command is asked to stop and is killed in {:.1} s",
-            left.as_secs_f64()
-        );
         target.send(self.supervision.warning);
         // A stopped process acts on no other signal.
         target.send(Signal::CONT);
+        tell(format!(
+            "warning: the lock cannot be renewed; the command is asked to stop and is killed in {:.1} s",
+            left.as_secs_f64()
+        ));
     }
 
     fn forward(&self, target: Target, signal: Signal) {
@@ -664,8 +668,9 @@ impl Watch {
             match self.inbox.recv_timeout(LOOK_EVERY) {
                 Ok(Event::Signal(signal)) => self.forward(Target::Group(group), signal),
                 _ if !told => {
-                    eprintln!(
+                    tell(
                         "the command has ended; its lock is held until the processes it started have ended too (-o does not wait)"
+                            .to_owned(),
                     );
                     told = true;
                 }
@@ -674,6 +679,12 @@ impl Watch {
         }
         None
     }
+}
+
+/// A line to standard error from a thread of its own: a pipe that nobody empties must not hold up who watches over a command.
+pub(crate) fn tell(line: String) {
+    // Without a thread it is left unsaid.
+    let _ = std::thread::Builder::new().name("tell".to_owned()).spawn(move || err!("{line}"));
 }
 
 /// Whom signals go to.
@@ -705,7 +716,10 @@ fn await_exit(pid: Pid) {
     let by_terminal = [Signal::TTIN, Signal::TTOU].map(|signal| Some(signal.as_raw()));
     if let Some(status) = first.filter(|status| status.stopped()) {
         if by_terminal.contains(&status.stopping_signal()) {
-            eprintln!("warning: the command was stopped because it wants to use the terminal; --foreground lets it");
+            tell(
+                "warning: the command was stopped because it wants to use the terminal; --foreground lets it"
+                    .to_owned(),
+            );
         }
         wait(WaitIdOptions::EXITED);
     }

@@ -4,8 +4,10 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-mod bench;
+#[macro_use]
 mod common;
+
+mod bench;
 mod config;
 mod counter;
 mod elect;
@@ -146,7 +148,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Restore(args) => restore::run(args),
         Command::Bench(args) => block_on(bench::run(&common, args)),
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "tenure", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut Cli::command(), "tenure", &mut common::stdout());
             Ok(ExitCode::SUCCESS)
         }
     }

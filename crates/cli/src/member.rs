@@ -180,8 +180,8 @@ async fn move_leader(door: &Door<'_>, member: Option<&str>, output: Output) -> R
     let moved = leader.move_leader(request).await.map_err(|status| refused(&status))?.into_inner().leader;
     let name = list.members.iter().find(|member| member.id == moved).map_or("", |member| &member.name);
     match output {
-        Output::Table => println!("{name} leads"),
-        Output::Json => println!("{}", json!({ "leader": moved.to_string(), "name": name })),
+        Output::Table => out!("{name} leads"),
+        Output::Json => out!("{}", json!({ "leader": moved.to_string(), "name": name })),
     }
     Ok(())
 }
@@ -297,7 +297,7 @@ pub(crate) fn as_json(member: &v1::Member) -> Value {
 
 fn print_list(list: &v1::MemberListReply, output: Output) {
     if let Output::Json = output {
-        println!("{}", Value::Array(list.members.iter().map(as_json).collect()));
+        out!("{}", Value::Array(list.members.iter().map(as_json).collect()));
         return;
     }
     let mut members: Vec<&v1::Member> = list.members.iter().collect();
@@ -317,7 +317,7 @@ fn print_list(list: &v1::MemberListReply, output: Output) {
     let headings = ["NAME", "ID", "ROLE", "CONNECTED", "LAG", "PEER", "CLIENTS", "VERSION"];
     print_table(&headings, &members.iter().map(row).collect::<Vec<_>>());
     if !list.has_majority {
-        println!("NO MAJORITY: the member that was asked knows no leader that a majority follows");
+        out!("NO MAJORITY: the member that was asked knows no leader that a majority follows");
     }
 }
 
@@ -340,7 +340,7 @@ fn print_added(answer: &v1::MemberAddReply, replaced: Option<&v1::Member>, outpu
         None => "it is a voter when it has caught up".to_owned(),
     };
     if let Output::Table = output {
-        println!("member `{}` ({:016x}) is added; {then}.", member.name, member.id);
+        out!("member `{}` ({:016x}) is added; {then}.", member.name, member.id);
     }
     print_line(member, &answer.join_token, output);
 }
@@ -349,24 +349,22 @@ fn print_line(member: &v1::Member, token: &str, output: Output) {
     let line = serve_line(member, token);
     match output {
         Output::Json => {
-            println!("{}", json!({ "member": as_json(member), "join_token": token, "command": line }));
+            out!("{}", json!({ "member": as_json(member), "join_token": token, "command": line }));
         }
         Output::Table => {
-            println!(
-                "Start it on its machine, with another --listen or --data-dir if need be, and with the --insecure or"
-            );
-            println!(
+            out!("Start it on its machine, with another --listen or --data-dir if need be, and with the --insecure or");
+            out!(
                 "--peer-cert, --peer-key and --peer-ca that the others have. Who has this line can be this member: keep it to yourself."
             );
-            println!("\n{line}");
+            out!("\n{line}");
         }
     }
 }
 
 fn print_done(member: &v1::Member, done: bool, now: &str, later: &str, output: Output) {
     match output {
-        Output::Table => println!("member `{}` {}", member.name, if done { now } else { later }),
-        Output::Json => println!("{}", json!({ "id": member.id.to_string(), "name": member.name, "done": done })),
+        Output::Table => out!("member `{}` {}", member.name, if done { now } else { later }),
+        Output::Json => out!("{}", json!({ "id": member.id.to_string(), "name": member.name, "done": done })),
     }
 }
 

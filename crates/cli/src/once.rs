@@ -185,7 +185,7 @@ async fn end(session: Session) {
 
 fn tell(marker: &Marker, unconfirmed: bool) {
     let perhaps = if unconfirmed { " perhaps: whoever did it died before it could confirm" } else { "" };
-    eprintln!("already done by `{}` {} ago{perhaps}", marker.by, brief(marker.age));
+    err!("already done by `{}` {} ago{perhaps}", marker.by, brief(marker.age));
 }
 
 /// Runs the command and tells the service how it ended.
@@ -244,7 +244,7 @@ async fn list(client: &Client, prefix: &str, limit: usize, output: Output) -> an
         }
     }
     match output {
-        Output::Json => println!("{}", Value::from(markers.iter().map(shown).collect::<Vec<_>>())),
+        Output::Json => out!("{}", Value::from(markers.iter().map(shown).collect::<Vec<_>>())),
         Output::Table => {
             let row = |m: &Marker| vec![m.name.clone(), m.state.name().to_owned(), m.by.clone(), brief(m.age)];
             print_table(&["MARKER", "STATE", "BY", "SINCE"], &markers.iter().map(row).collect::<Vec<_>>());
@@ -255,7 +255,7 @@ async fn list(client: &Client, prefix: &str, limit: usize, output: Output) -> an
 
 fn print_marker(marker: &Marker, output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
-        println!("{}", serde_json::to_string_pretty(&shown(marker))?);
+        out!("{}", serde_json::to_string_pretty(&shown(marker))?);
         return Ok(());
     }
     let mut rows = vec![

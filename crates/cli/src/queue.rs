@@ -379,9 +379,9 @@ pub(crate) async fn run(common: &Common, args: QueueArgs) -> anyhow::Result<Exit
         QueueCommand::Heartbeat { receipt, extend, progress } => {
             let beat = client.heartbeat_job(&receipt.job, receipt.token, extend, &progress).await?;
             let cancel = if beat.cancel_requested { " cancel" } else { "" };
-            println!("{}{cancel}{}", beat.remaining.as_millis(), if beat.should_yield { " yield" } else { "" });
+            out!("{}{cancel}{}", beat.remaining.as_millis(), if beat.should_yield { " yield" } else { "" });
         }
-        QueueCommand::Cancel { job, reason, force } => println!("{}", client.cancel_job(&job, &reason, force).await?),
+        QueueCommand::Cancel { job, reason, force } => out!("{}", client.cancel_job(&job, &reason, force).await?),
         QueueCommand::Job { job, output } => {
             let missing = || Failure::new(exit::NOT_FOUND, format!("there is no job {job}"));
             print_job(&client.job(&job).await?.ok_or_else(missing)?, output.output);
@@ -400,7 +400,7 @@ pub(crate) async fn run(common: &Common, args: QueueArgs) -> anyhow::Result<Exit
         QueueCommand::Redrive { queue, jobs, contains, group, to, rate } => {
             let redrive = Redrive { ids: jobs, contains, group, to, rate };
             let (count, skipped) = client.queue(queue).redrive(redrive).await?;
-            println!("redriven {count}, skipped {skipped}");
+            out!("redriven {count}, skipped {skipped}");
         }
         QueueCommand::Purge { queue, state, remove, yes } => {
             if !yes {
@@ -409,7 +409,7 @@ pub(crate) async fn run(common: &Common, args: QueueArgs) -> anyhow::Result<Exit
                     .into());
             }
             let states: Vec<&str> = state.iter().map(String::as_str).collect();
-            println!("purged {}", client.queue(queue).purge(&states, remove).await?);
+            out!("purged {}", client.queue(queue).purge(&states, remove).await?);
         }
         QueueCommand::Configure(args) => configure(&client, *args).await?,
         QueueCommand::Work(args) => return work(common, &client.queue(&args.queue), args).await,
@@ -433,9 +433,9 @@ async fn put(client: &Client, args: PutArgs) -> anyhow::Result<()> {
     };
     let enqueued = client.queue(args.queue).enqueue(job).await?;
     match args.output.output {
-        Output::Json => println!("{}", json!({ "id": enqueued.id, "duplicate": enqueued.duplicate })),
-        Output::Table if enqueued.duplicate => println!("{} duplicate", enqueued.id),
-        Output::Table => println!("{}", enqueued.id),
+        Output::Json => out!("{}", json!({ "id": enqueued.id, "duplicate": enqueued.duplicate })),
+        Output::Table if enqueued.duplicate => out!("{} duplicate", enqueued.id),
+        Output::Table => out!("{}", enqueued.id),
     }
     Ok(())
 }
@@ -454,7 +454,7 @@ async fn receive(client: &Client, args: ReceiveArgs) -> anyhow::Result<()> {
     }
     let jobs = receive.await?;
     if args.output.output == Output::Json {
-        println!("{}", Value::Array(jobs.iter().map(delivery_json).collect()));
+        out!("{}", Value::Array(jobs.iter().map(delivery_json).collect()));
         return Ok(());
     }
     let row = |job: &Delivery| {
@@ -502,8 +502,8 @@ fn shown(bytes: &[u8]) -> String {
 
 fn print_moved(moved: &JobMoved) {
     match moved.delay.as_millis() {
-        0 => println!("{}", moved.state),
-        ms => println!("{} for {ms} ms", moved.state),
+        0 => out!("{}", moved.state),
+        ms => out!("{} for {ms} ms", moved.state),
     }
 }
 
@@ -518,7 +518,7 @@ fn ago(time: Duration) -> String {
 
 fn print_jobs(jobs: &[JobInfo], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::Array(jobs.iter().map(job_json).collect()));
+        out!("{}", Value::Array(jobs.iter().map(job_json).collect()));
         return;
     }
     let row = |job: &JobInfo| {
@@ -574,7 +574,7 @@ fn job_json(job: &JobInfo) -> Value {
 
 fn print_job(job: &JobInfo, output: Output) {
     if output == Output::Json {
-        println!("{}", job_json(job));
+        out!("{}", job_json(job));
         return;
     }
     let mut rows = vec![
@@ -607,7 +607,7 @@ fn print_job(job: &JobInfo, output: Output) {
 
 fn print_queues(queues: &[QueueInfo], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::Array(queues.iter().map(queue_json).collect()));
+        out!("{}", Value::Array(queues.iter().map(queue_json).collect()));
         return;
     }
     let row = |queue: &QueueInfo| {
@@ -675,7 +675,7 @@ fn print_settings(settings: &QueueSettings, mut rows: Vec<Vec<String>>, name: &s
 
 fn print_stats(queue: &QueueInfo, output: Output) {
     if output == Output::Json {
-        println!("{}", queue_json(queue));
+        out!("{}", queue_json(queue));
         return;
     }
     let mut rows: Vec<Vec<String>> =
@@ -717,7 +717,7 @@ async fn configure(client: &Client, args: ConfigureArgs) -> anyhow::Result<()> {
     };
     let settings = client.queue(&args.queue).configure(change).await?;
     match args.output.output {
-        Output::Json => println!("{}", settings_json(&settings)),
+        Output::Json => out!("{}", settings_json(&settings)),
         Output::Table => print_settings(&settings, Vec::new(), &args.queue),
     }
     Ok(())
@@ -746,7 +746,7 @@ async fn work(common: &Common, queue: &Queue, args: WorkArgs) -> anyhow::Result<
         }
     };
     let done = work.run_until(stop).await;
-    eprintln!("{} done, {} failed, {} lost, {} given back", done.acked, done.failed, done.lost, done.released);
+    err!("{} done, {} failed, {} lost, {} given back", done.acked, done.failed, done.lost, done.released);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -788,7 +788,7 @@ async fn run_command(command: &[OsString], endpoints: &str, job: &Delivery) -> R
     let (output, ()) = tokio::join!(child.wait_with_output(), feed);
     let output = output.map_err(cannot)?;
     // What it wrote is also for whoever watches this worker.
-    eprint!("{}", String::from_utf8_lossy(&output.stderr));
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), &output.stderr);
     match output.status.code() {
         Some(0) => Ok(()),
         Some(TEMPFAIL) => Err(Failed::release()),

@@ -1,9 +1,11 @@
 //! `tenure reserve`: hold a part of a pool, run a command under the hold, and look after pools.
 //!
 //! Promises. With a command: it starts only under a hold, which is extended while it runs, confirmed when it succeeds (unless told otherwise) and given
-//! back when it fails. A command whose hold is lost is told to stop.
+//! back when it fails. A command whose hold is lost is told to stop and killed soon after; one whose hold cannot be extended is told before the hold ends
+//! and killed when it does, whether or not the server can be asked.
 //! Not promised. That a hold without a command outlives its time: whoever took it confirms, extends or cancels it by its numbers.
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, ExitCode, ExitStatus};
@@ -12,10 +14,13 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use tenure_client::{Client, Code, Error, Pool, PoolInfo, Reservation, ReservationChange};
+use tenure_client::{BootTime, Client, Code, Error, Pool, PoolInfo, Reservation, ReservationChange};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::common::{Common, Failure, Output, OutputArg, duration, exit, millis, print_failure, print_table};
+
+/// The longest sleep of who watches over a command: timers stand still while the machine is suspended.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 #[command(
@@ -134,11 +139,11 @@ enum PoolCommand {
 pub(crate) async fn run(common: &Common, args: ReserveArgs) -> anyhow::Result<ExitCode> {
     let client = common.client()?;
     let Some(command) = args.command else { return take_hold(common, &client, args.take).await };
-    manage(&client, command).await.map_err(Failure::from)?;
+    manage(&client, command).await?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn manage(client: &Client, command: ReserveCommand) -> Result<(), Error> {
+async fn manage(client: &Client, command: ReserveCommand) -> Result<(), Failure> {
     match command {
         ReserveCommand::Confirm(of) => {
             let change = client.confirm_reservation(&of.pool, of.id, of.token).await?;
@@ -158,32 +163,35 @@ async fn manage(client: &Client, command: ReserveCommand) -> Result<(), Error> {
     Ok(())
 }
 
-async fn manage_pool(client: &Client, command: PoolCommand) -> Result<(), Error> {
+async fn manage_pool(client: &Client, command: PoolCommand) -> Result<(), Failure> {
     let (pool, output) = match command {
         PoolCommand::Create(of) => (client.create_pool(of.pool, of.units).await?, of.output),
         PoolCommand::Resize(of) => (client.resize_pool(of.pool, of.units).await?, of.output),
         PoolCommand::Restock(of) => (client.restock_pool(of.pool, of.units).await?, of.output),
         PoolCommand::Return(of) => (client.return_to_pool(of.pool, of.units).await?, of.output),
-        PoolCommand::Delete(of) => (client.delete_pool(of.pool).await?, of.output),
+        PoolCommand::Delete(of) => {
+            let deleted = client.delete_pool(&of.pool).await.map_err(|error| {
+                let in_use = (error.code() == Some(Code::Held))
+                    .then(|| format!("`tenure reserve pool get {}` shows it", of.pool));
+                Failure::from(error).hint_if(in_use.as_deref())
+            })?;
+            (deleted, of.output)
+        }
         PoolCommand::Get(of) => return show_pool(client, &of).await,
     };
     match output.output {
-        Output::Json => println!("{}", json_of_pool(&pool)),
+        Output::Json => out!("{}", json_of_pool(&pool)),
         Output::Table => print_pools(&[pool], Output::Table),
     }
     Ok(())
 }
 
-async fn show_pool(client: &Client, of: &Named) -> Result<(), Error> {
+async fn show_pool(client: &Client, of: &Named) -> Result<(), Failure> {
     let Some(info) = client.pool(&of.pool).await? else {
-        return Err(Error::Refused(Box::new(tenure_client::Problem {
-            code: Code::NotFound,
-            message: format!("there is no pool `{}`", of.pool),
-            ..Default::default()
-        })));
+        return Err(Failure::new(exit::NOT_FOUND, format!("there is no pool `{}`", of.pool)));
     };
     match of.output.output {
-        Output::Json => println!("{}", json_of_info(&info)),
+        Output::Json => out!("{}", json_of_info(&info)),
         Output::Table => print_info(&info),
     }
     Ok(())
@@ -249,36 +257,66 @@ async fn under(common: &Common, take: Take, mut hold: Reservation) -> anyhow::Re
     if status.success() && !take.give_back {
         hold.confirm().await.map_err(Failure::from)?;
     } else if let Err(error) = hold.cancel().await {
-        eprintln!("warning: the hold was not given back ({error}); it ends with its time");
+        err!("warning: the hold was not given back ({error}); it ends with its time");
     }
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(exit::FAILURE)))
 }
 
-/// Extends the hold while the command runs, passes signals on, and stops the command if the hold is lost.
+/// Extends the hold while the command runs, passes signals on, and stops the command if the hold is lost or about to end.
 async fn attend(
     mut child: Child,
     hold: &mut Reservation,
     length: Duration,
     signals: &mut [tokio::signal::unix::Signal; 2],
-) -> anyhow::Result<(ExitStatus, Option<Error>)> {
+) -> anyhow::Result<(ExitStatus, Option<String>)> {
     let pid = Pid::from_child(&child);
     let mut ended = tokio::task::spawn_blocking(move || child.wait());
-    let mut extend = tokio::time::interval(length / 3);
-    extend.tick().await;
     let [interrupt, terminate] = signals;
-    let mut lost = None;
+    let send = |signal| {
+        // It may have ended in this moment, which is all that was wanted.
+        let _ = kill_process(pid, signal);
+    };
+    // A tenth of the time is for the command to stop in.
+    let grace = (length / 10).clamp(Duration::from_millis(200), Duration::from_secs(10));
+    let deadline = Cell::new(hold.deadline());
+    let extending = async {
+        loop {
+            tokio::time::sleep(length / 3).await;
+            match hold.extend(length).await {
+                Ok(()) => deadline.set(hold.deadline()),
+                Err(error) if matches!(error.code(), Some(Code::Fenced | Code::NotFound)) => return error.to_string(),
+                // It is not known yet whether it is lost: the next try tells, or the deadline.
+                Err(_) => {}
+            }
+        }
+    };
+    tokio::pin!(extending);
+    let (mut lost, mut kill_at): (_, Option<BootTime>) = (None, None);
     loop {
+        let now = BootTime::now();
+        if lost.is_none() && deadline.get().since(now) <= grace {
+            lost = Some("it could not be extended and its deadline was near".to_owned());
+        }
+        match kill_at {
+            None if lost.is_some() => {
+                send(Signal::TERM);
+                // A stopped process acts on no other signal.
+                send(Signal::CONT);
+                kill_at = Some(now.plus(grace));
+            }
+            Some(at) if at <= now => send(Signal::KILL),
+            _ => {}
+        }
+        let until = kill_at.map_or_else(|| deadline.get().since(now).saturating_sub(grace), |at| at.since(now));
+        let pause = until.clamp(Duration::from_millis(10), LOOK_EVERY);
         tokio::select! {
             status = &mut ended => return Ok((status??, lost)),
             // A terminal has sent its interrupt to the command already.
             _ = interrupt.recv() => {}
-            _ = terminate.recv() => { let _ = kill_process(pid, Signal::TERM); }
-            // With any other error it is not known yet whether it is lost: the next try tells.
-            _ = extend.tick(), if lost.is_none() => if let Err(error @ Error::Refused(_)) = hold.extend(length).await {
-                lost = Some(error);
-                let _ = kill_process(pid, Signal::TERM);
-            },
+            _ = terminate.recv() => send(Signal::TERM),
+            why = &mut extending, if lost.is_none() => lost = Some(why),
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }
@@ -291,14 +329,11 @@ fn print_hold(hold: &Reservation, output: Output) {
         Output::Json => {
             let (id, token) = (id.to_string(), token.to_string());
             let waited = millis(hold.waited());
-            println!(
-                "{}",
-                json!({ "pool": pool, "id": id, "token": token, "quantity": quantity, "waited_ms": waited })
-            );
+            out!("{}", json!({ "pool": pool, "id": id, "token": token, "quantity": quantity, "waited_ms": waited }));
         }
         Output::Table => {
-            println!("{quantity} of {pool} held: id {id}, token {token}");
-            println!("confirm with: tenure reserve confirm {pool} {id} {token}");
+            out!("{quantity} of {pool} held: id {id}, token {token}");
+            out!("confirm with: tenure reserve confirm {pool} {id} {token}");
         }
     }
 }
@@ -306,14 +341,14 @@ fn print_hold(hold: &Reservation, output: Output) {
 fn print_change(of: &OfHold, change: ReservationChange) {
     let (pool, id, state, quantity) = (&of.pool, of.id, change.state.to_string(), change.quantity);
     match of.output.output {
-        Output::Json => println!(
+        Output::Json => out!(
             "{}",
             json!({
                 "pool": pool, "id": id.to_string(), "state": state, "quantity": quantity,
                 "left_ms": millis(change.left), "available": change.available,
             })
         ),
-        Output::Table => println!("hold {id} on {quantity} of {pool} is {state}, {} available", change.available),
+        Output::Table => out!("hold {id} on {quantity} of {pool} is {state}, {} available", change.available),
     }
 }
 
@@ -346,7 +381,7 @@ fn json_of_info(info: &PoolInfo) -> Value {
 
 fn print_pools(pools: &[Pool], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::from_iter(pools.iter().map(json_of_pool)));
+        out!("{}", Value::from_iter(pools.iter().map(json_of_pool)));
         return;
     }
     let row = |pool: &Pool| {
@@ -366,7 +401,7 @@ fn print_info(info: &PoolInfo) {
             let (id, token, quantity) = (hold.id.to_string(), hold.token.to_string(), hold.quantity.to_string());
             vec![id, token, quantity, state, seconds(hold.left), hold.owner.clone()]
         };
-        println!();
+        out!();
         print_table(
             &["HOLD", "TOKEN", "UNITS", "STATE", "LEFT", "OWNER"],
             &info.holds.iter().map(row).collect::<Vec<_>>(),
@@ -377,7 +412,7 @@ fn print_info(info: &PoolInfo) {
             let (position, quantity) = (waiter.position.to_string(), waiter.quantity.to_string());
             vec![position, quantity, seconds(waiter.waited), waiter.owner.clone()]
         };
-        println!();
+        out!();
         print_table(&["PLACE", "UNITS", "WAITED", "OWNER"], &info.waiters.iter().map(row).collect::<Vec<_>>());
     }
 }

@@ -44,7 +44,7 @@ pub(crate) fn run(args: RestoreArgs) -> Result<ExitCode> {
         revision: args.revision,
     };
     let made = backup::restore(&config).map_err(refused)?;
-    println!(
+    out!(
         "restored {} into {}: revision {} became {}, member {:016x}, cluster {:016x}, issuer {}",
         config.file.display(),
         config.data_dir.display(),
@@ -58,10 +58,10 @@ pub(crate) fn run(args: RestoreArgs) -> Result<ExitCode> {
         DEFAULT_TOKEN => String::new(),
         token => format!(" --cluster-token '{token}'"),
     };
-    println!("start it:     tenure serve --name {} --data-dir {}{token}", config.name, config.data_dir.display());
-    println!("then grow it: tenure member add NAME --peer HOST:PORT");
+    out!("start it:     tenure serve --name {} --data-dir {}{token}", config.name, config.data_dir.display());
+    out!("then grow it: tenure member add NAME --peer HOST:PORT");
     if args.replace {
-        println!("never start a member of the old cluster again: both would give out tokens of this issuer");
+        out!("never start a member of the old cluster again: both would give out tokens of this issuer");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -114,22 +114,22 @@ pub(crate) async fn run(common: &Common, args: ScheduleArgs) -> anyhow::Result<E
         ScheduleCommand::List { prefix, output } => print_all(&client.schedules(&prefix).await?, output.output),
         ScheduleCommand::Pause { name } => {
             client.schedule(name).pause().await?;
-            println!("paused");
+            out!("paused");
         }
         ScheduleCommand::Resume { name } => {
             client.schedule(name).resume().await?;
-            println!("resumed");
+            out!("resumed");
         }
         ScheduleCommand::Run { name, output } => {
             let job = client.schedule(name).run().await?;
             match output.output {
-                Output::Json => println!("{}", json!({ "id": job.id, "duplicate": job.duplicate })),
-                Output::Table if job.duplicate => println!("{} duplicate", job.id),
-                Output::Table => println!("{}", job.id),
+                Output::Json => out!("{}", json!({ "id": job.id, "duplicate": job.duplicate })),
+                Output::Table if job.duplicate => out!("{} duplicate", job.id),
+                Output::Table => out!("{}", job.id),
             }
         }
         ScheduleCommand::Delete { name } => {
-            println!("{}", if client.schedule(name).delete().await? { "deleted" } else { "there was none" });
+            out!("{}", if client.schedule(name).delete().await? { "deleted" } else { "there was none" });
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -160,15 +160,12 @@ async fn put(client: &Client, args: PutArgs) -> anyhow::Result<()> {
     let stored = put.await?;
     if args.output.output == Output::Json {
         let next: Vec<Value> = stored.next.iter().map(|at| json!(unix_ms(*at).to_string())).collect();
-        println!(
-            "{}",
-            json!({ "created": stored.created, "revision": stored.revision.to_string(), "next_unix_ms": next })
-        );
+        out!("{}", json!({ "created": stored.created, "revision": stored.revision.to_string(), "next_unix_ms": next }));
         return Ok(());
     }
-    println!("{} at revision {}", if stored.created { "created" } else { "stored" }, stored.revision);
+    out!("{} at revision {}", if stored.created { "created" } else { "stored" }, stored.revision);
     for at in stored.next {
-        println!("next {}", shown(at, &args.zone));
+        out!("next {}", shown(at, &args.zone));
     }
     Ok(())
 }
@@ -228,10 +225,10 @@ fn length(time: Duration) -> String {
 
 fn print_one(info: &ScheduleInfo, output: Output) {
     if output == Output::Json {
-        println!("{}", in_json(info));
+        out!("{}", in_json(info));
         return;
     }
-    let line = |name: &str, value: &str| println!("{}", format!("{name:<10} {value}").trim_end());
+    let line = |name: &str, value: &str| out!("{}", format!("{name:<10} {value}").trim_end());
     let zone = if info.time_zone.is_empty() { "UTC" } else { &info.time_zone };
     line("name", &info.name);
     line("calendar", &format!("{} ({zone})", info.calendar));
@@ -254,12 +251,14 @@ fn print_one(info: &ScheduleInfo, output: Output) {
 
 fn print_all(all: &[ScheduleInfo], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::Array(all.iter().map(in_json).collect()));
+        out!("{}", Value::Array(all.iter().map(in_json).collect()));
         return;
     }
     let row = |info: &ScheduleInfo| {
         let next = info.next.first().map_or_else(|| "-".to_owned(), |at| shown(*at, &info.time_zone));
-        let last = info.last.map_or_else(|| "-".to_owned(), |at| shown(at, &info.time_zone));
+        // Before its first job this is when it was made.
+        let last =
+            info.last.filter(|_| info.enqueued > 0).map_or_else(|| "-".to_owned(), |at| shown(at, &info.time_zone));
         vec![info.name.clone(), info.calendar.clone(), info.queue.clone(), state(info), last, next]
     };
     let rows: Vec<_> = all.iter().map(row).collect();

@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args as _};
 use std::ffi::OsString;
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -233,8 +233,12 @@ fn peer_tls(args: &ServeArgs) -> Option<TlsFiles> {
 }
 
 fn log_to_stderr(args: &ServeArgs) {
-    let builder =
-        tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(args.log_level).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(args.log_level)
+        .with_target(false)
+        // It would tell of a closed standard error on standard error, by a macro that panics.
+        .log_internal_errors(false);
     match args.log_format {
         LogFormat::Text => {
             let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
@@ -279,10 +283,15 @@ fn greet(server: &Server, args: &ServeArgs) {
         return;
     }
     let elsewhere = if address.port() == 2379 { String::new() } else { format!(" --endpoints {address}") };
-    println!("Tenure {} serves on {address}, data in {}", env!("CARGO_PKG_VERSION"), args.data_dir.display());
-    println!("Try, in another terminal:");
-    println!("  tenure kv put greeting hello{elsewhere}");
-    println!("  tenure lock jobs/nightly{elsewhere} -- sh -c 'echo \"token $TENURE_TOKEN\"; sleep 5'");
-    println!("  etcdctl --endpoints {address} get greeting");
-    println!("  curl http://{address}/v1/kv/greeting");
+    let (version, folder) = (env!("CARGO_PKG_VERSION"), args.data_dir.display());
+    // A terminal that goes away does not take the server with it.
+    let _ = writeln!(
+        std::io::stdout(),
+        "Tenure {version} serves on {address}, data in {folder}\n\
+         Try, in another terminal:\n  \
+         tenure kv put greeting hello{elsewhere}\n  \
+         tenure lock jobs/nightly{elsewhere} -- sh -c 'echo \"token $TENURE_TOKEN\"; sleep 5'\n  \
+         etcdctl --endpoints {address} get greeting\n  \
+         curl http://{address}/v1/kv/greeting"
+    );
 }

@@ -218,13 +218,13 @@ pub(crate) async fn run(common: &Common, args: ServiceArgs) -> anyhow::Result<Ex
             }
         }
         ServiceCommand::Heartbeat { of: Of { service, instance, token }, health, why } => {
-            println!("{}", registry.heartbeat(service, instance, token, health.into(), why).await.map_err(failure)?);
+            out!("{}", registry.heartbeat(service, instance, token, health.into(), why).await.map_err(failure)?);
         }
         ServiceCommand::Drain { of: Of { service, instance, token } } => {
-            println!("{}", registry.drain(service, instance, token).await.map_err(failure)?);
+            out!("{}", registry.drain(service, instance, token).await.map_err(failure)?);
         }
         ServiceCommand::Undrain { of: Of { service, instance, token } } => {
-            println!("{}", registry.undrain(service, instance, token).await.map_err(failure)?);
+            out!("{}", registry.undrain(service, instance, token).await.map_err(failure)?);
         }
         ServiceCommand::Guard { service, percent } => registry.guard(service, percent).await.map_err(failure)?,
         ServiceCommand::List { output } => {
@@ -305,8 +305,8 @@ async fn register(registering: Registering<'_>, output: Output) -> Result<(), Fa
     let registered = registering.await.map_err(failure)?;
     registered.leave_on_drop();
     match output {
-        Output::Json => println!("{}", json!({ "token": registered.token().to_string() })),
-        Output::Table => println!("registered (token {})", registered.token()),
+        Output::Json => out!("{}", json!({ "token": registered.token().to_string() })),
+        Output::Table => out!("registered (token {})", registered.token()),
     }
     Ok(())
 }
@@ -324,7 +324,7 @@ async fn watch(registry: &Registry, service: String, filter: Filter, output: Out
             _ = tokio::signal::ctrl_c() => return Ok(()),
         }
         if output == Output::Table {
-            println!();
+            out!();
         }
     }
 }
@@ -388,7 +388,7 @@ async fn run_command(
 /// The command goes on, or has ended, whatever became of this.
 fn told(result: Result<(), tenure_client::Error>) {
     if let Err(error) = result {
-        eprintln!("warning: the instance was not deregistered: {error}");
+        err!("warning: the instance was not deregistered: {error}");
     }
 }
 
@@ -398,7 +398,7 @@ fn hostname() -> String {
 
 fn print_services(services: &[ServiceSummary], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::from(services.iter().map(service_document).collect::<Vec<_>>()));
+        out!("{}", Value::from(services.iter().map(service_document).collect::<Vec<_>>()));
         return;
     }
     let row = |one: &ServiceSummary| {
@@ -417,13 +417,13 @@ fn print_services(services: &[ServiceSummary], output: Output) {
 fn print_instances(found: &ServiceInstances, output: Output) {
     if output == Output::Json {
         let instances: Vec<_> = found.instances.iter().map(document).collect();
-        println!("{}", json!({ "index": found.index.to_string(), "guarded": found.guarded, "instances": instances }));
+        out!("{}", json!({ "index": found.index.to_string(), "guarded": found.guarded, "instances": instances }));
         return;
     }
     let rows: Vec<_> = found.instances.iter().map(row).collect();
     print_table(&["INSTANCE", "ADDRESS", "HEALTH", "WEIGHT", "TAGS", "TOKEN", "WHY"], &rows);
     if found.guarded {
-        println!("the guard is on: too many turned critical together, so they are kept");
+        out!("the guard is on: too many turned critical together, so they are kept");
     }
 }
 

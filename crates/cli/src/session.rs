@@ -131,8 +131,8 @@ async fn keep_alive(client: &Client, id: u64, token: u64, once: bool, output: Ou
         () = async {
             while states.changed().await.is_ok() {
                 match *states.borrow_and_update() {
-                    LeaseState::AtRisk => eprintln!("warning: session {id} was not renewed for half of its ttl"),
-                    LeaseState::Safe => eprintln!("session {id} is renewed again"),
+                    LeaseState::AtRisk => err!("warning: session {id} was not renewed for half of its ttl"),
+                    LeaseState::Safe => err!("session {id} is renewed again"),
                     LeaseState::Lost => {}
                 }
             }
@@ -144,17 +144,17 @@ async fn keep_alive(client: &Client, id: u64, token: u64, once: bool, output: Ou
 fn print_made(session: &tenure_client::Session, output: Output) {
     let ttl_ms = millis(session.ttl());
     match output {
-        Output::Json => println!(
+        Output::Json => out!(
             "{}",
             json!({ "id": session.id().to_string(), "token": session.token().to_string(), "ttl_ms": ttl_ms })
         ),
-        Output::Table => println!("session {} (token {}, ttl {})", session.id(), session.token(), shown(session.ttl())),
+        Output::Table => out!("session {} (token {}, ttl {})", session.id(), session.token(), shown(session.ttl())),
     }
 }
 
 fn print_list(sessions: &[SessionInfo], output: Output) {
     if output == Output::Json {
-        println!("{}", Value::from(sessions.iter().map(document).collect::<Vec<_>>()));
+        out!("{}", Value::from(sessions.iter().map(document).collect::<Vec<_>>()));
         return;
     }
     let rows: Vec<_> = sessions.iter().map(row).collect();
@@ -163,15 +163,15 @@ fn print_list(sessions: &[SessionInfo], output: Output) {
 
 fn print_one(session: &SessionInfo, output: Output) {
     if output == Output::Json {
-        println!("{}", document(session));
+        out!("{}", document(session));
         return;
     }
     print_list(std::slice::from_ref(session), output);
     for (key, value) in &session.metadata {
-        println!("  {key}={value}");
+        out!("  {key}={value}");
     }
     for (kind, name, token) in &session.owned {
-        println!("  {kind} {name} {token}");
+        out!("  {kind} {name} {token}");
     }
 }
 

@@ -52,7 +52,7 @@ pub(crate) async fn run(common: &Common, args: SnapshotArgs) -> Result<ExitCode>
         SnapshotCommand::Status { file, output } => show(&file, &read(&file)?, output.output),
         SnapshotCommand::Verify { file } => {
             let backup = read(&file)?;
-            println!(
+            out!(
                 "{} is whole: revision {}, {} bytes, sha256 {}",
                 file.display(),
                 backup.machine.revision(),
@@ -152,7 +152,7 @@ fn show(file: &Path, backup: &Backup, output: Output) {
     let time = std::fs::metadata(file).and_then(|m| m.modified()).ok().map(utc);
     let members: Vec<_> = machine.members().filter(|member| member.is_live()).collect();
     match output {
-        Output::Json => println!(
+        Output::Json => out!(
             "{}",
             json!({
                 "file": file, "bytes": backup.bytes.to_string(), "sha256": hex(&backup.digest), "time": time,
@@ -187,7 +187,7 @@ fn show(file: &Path, backup: &Backup, output: Output) {
                 ("members", names.join(", ")),
             ];
             for (name, value) in lines {
-                println!("{name:<9} {value}");
+                out!("{name:<9} {value}");
             }
         }
     }

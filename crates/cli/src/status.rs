@@ -54,7 +54,7 @@ pub(crate) async fn run(common: &Common, args: StatusArgs) -> Result<ExitCode> {
     let view = best_view(&all);
     match args.output.output {
         Output::Table => view.into_iter().for_each(|view| print(view, &all)),
-        Output::Json => println!("{}", Value::Array(all.iter().map(as_json).collect())),
+        Output::Json => out!("{}", Value::Array(all.iter().map(as_json).collect())),
     }
     let Some(view) = view else {
         let why: Vec<String> = all
@@ -122,12 +122,17 @@ fn print(view: &StatusGetReply, all: &[Asked]) {
     let answer_of = |member: &v1::Member| {
         all.iter().find(|asked| is_answer_of(asked, member)).and_then(|asked| asked.answer.as_ref().ok())
     };
-    println!("{}", verdict(view, |member| answer_of(member).is_some()));
-    println!(
+    out!("{}", verdict(view, |member| answer_of(member).is_some()));
+    out!(
         "revision {}, {} keys, {} sessions, {} locks held (+{} waiting), rules of version {}",
-        view.revision, view.keys, view.sessions, view.locks, view.waiters, view.behaviour_version
+        view.revision,
+        view.keys,
+        view.sessions,
+        view.locks,
+        view.waiters,
+        view.behaviour_version
     );
-    println!();
+    out!();
     let mut members: Vec<&v1::Member> = view.members.iter().collect();
     members.sort_by(|a, b| a.name.cmp(&b.name));
     let rows: Vec<Vec<String>> = members.iter().map(|member| row(member, answer_of(member), all)).collect();
@@ -137,7 +142,7 @@ fn print(view: &StatusGetReply, all: &[Asked]) {
     ];
     print_table(&headings, &rows);
     for asked in all.iter().filter(|asked| asked.answer.is_err() && !members.iter().any(|m| m.name == asked.name)) {
-        println!("{}: no answer ({})", asked.endpoint, asked.answer.as_ref().err().map_or("", String::as_str));
+        out!("{}: no answer ({})", asked.endpoint, asked.answer.as_ref().err().map_or("", String::as_str));
     }
     let told: Vec<(&str, &str)> = members
         .iter()
@@ -147,8 +152,8 @@ fn print(view: &StatusGetReply, all: &[Asked]) {
         })
         .collect();
     if !told.is_empty() {
-        println!();
-        told.iter().for_each(|(name, alarm)| println!("ALARM at {name}: {alarm}"));
+        out!();
+        told.iter().for_each(|(name, alarm)| out!("ALARM at {name}: {alarm}"));
     }
 }
 

@@ -52,7 +52,7 @@ pub(crate) async fn run(common: &Common, args: TxnArgs) -> anyhow::Result<ExitCo
     value["succeeded"] = full["succeeded"].clone();
     let succeeded = value["succeeded"] == true;
     match args.output.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&value)?),
+        Output::Json => out!("{}", serde_json::to_string_pretty(&value)?),
         Output::Table => print(&value, succeeded),
     }
     Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::from(exit::CONFLICT) })
@@ -73,7 +73,7 @@ fn read(file: &std::path::Path) -> Result<String, Failure> {
 
 fn print(reply: &Value, succeeded: bool) {
     let list = if succeeded { "then" } else { "otherwise" };
-    println!("{list} ran, revision {}", reply["header"]["revision"].as_str().unwrap_or("0"));
+    out!("{list} ran, revision {}", reply["header"]["revision"].as_str().unwrap_or("0"));
     let mut rows = Vec::new();
     gather(&mut rows, "", &reply["answers"]);
     if !rows.is_empty() {

@@ -103,7 +103,7 @@ fn print_thing(event: &ThingEvent, output: Output) -> Result<()> {
         ThingEvent::Synced(revision) => ("SYNCED", None, *revision),
         ThingEvent::Resync => ("RESYNC", None, 0),
     };
-    let mut out = std::io::stdout().lock();
+    let mut out = crate::common::stdout();
     match (output, thing) {
         (Output::Table, Some(thing)) => {
             write!(out, "{what} {revision} {} ", thing.kind)?;
@@ -138,7 +138,7 @@ fn print_thing(event: &ThingEvent, output: Output) -> Result<()> {
 }
 
 fn print(event: &WatchEvent, output: Output) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = crate::common::stdout();
     let kind = match event.kind {
         EventKind::Put => "PUT",
         EventKind::Delete => "DELETE",

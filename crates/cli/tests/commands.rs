@@ -116,3 +116,53 @@ fn completion_scripts_name_the_commands() {
         assert!(output.status.success() && script.contains("require-lock"), "{shell}");
     }
 }
+
+/// What a closed pipe answers to whoever writes to it.
+fn nobody_reads() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
+}
+
+#[test]
+fn a_reader_that_has_gone_ends_what_prints_and_nothing_else() {
+    let server = Server::start(&[]);
+    let unread = |args: &[&str]| {
+        let mut command = Command::new(TENURE);
+        command.args(args).env("TENURE_ENDPOINTS", &server.address).stdin(Stdio::null());
+        command.stdout(nobody_reads()).stderr(nobody_reads()).status().unwrap().code()
+    };
+    tenure(&server.address, &["kv", "put", "a", "1"]);
+    for printing in [&["kv", "get", "a"][..], &["status"], &["session", "list"], &["watch", "a", "--revision", "2"]] {
+        assert_eq!(unread(printing), Some(0), "{printing:?}");
+    }
+    assert_eq!(unread(&["completion", "bash"]), Some(0));
+    assert_eq!(unread(&["kv", "get", "nothing"]), Some(19), "an error that nobody reads has its exit code");
+    let lock = ["lock", "l", "--", "sh", "-c", "exit 5"];
+    assert_eq!(unread(&lock), Some(5));
+    // The job was done, so it is acknowledged.
+    tenure(&server.address, &["queue", "put", "q", "x"]);
+    let mut worker = Command::new(TENURE);
+    worker.args(["queue", "work", "q", "--", "sh", "-c", "echo loud >&2"]).env("TENURE_ENDPOINTS", &server.address);
+    let mut worker = worker.stdin(Stdio::null()).stdout(nobody_reads()).stderr(nobody_reads()).spawn().unwrap();
+    common::wait_for("the job to be done", std::time::Duration::from_secs(20), || {
+        json(&server.address, &["queue", "stats", "q"])["jobs"]["done"] == 1
+    });
+    assert_eq!(worker.try_wait().unwrap(), None, "the worker goes on");
+    worker.kill().unwrap();
+    worker.wait().unwrap();
+}
+
+#[test]
+fn hints_speak_of_what_was_refused() {
+    let server = Server::start(&[]);
+    let at = &server.address;
+    let guarded = tenure(at, &["kv", "put", "k", "3", "--require-lock", "no-such:7"]);
+    assert!(guarded.err.contains("take it anew"), "{}", guarded.err);
+    assert_eq!(tenure(at, &["reserve", "pool", "create", "p", "1"]).code, 0);
+    let stale = tenure(at, &["reserve", "confirm", "p", "1", "1"]);
+    assert!(stale.code == 12 && stale.err.contains("hint: ") && !stale.err.contains("lock"), "{}", stale.err);
+    assert_eq!(tenure(at, &["reserve", "p", "1"]).code, 0);
+    let used = tenure(at, &["reserve", "pool", "delete", "p"]);
+    assert!(used.code == 1 && !used.err.contains("--wait"), "{}", used.err);
+}

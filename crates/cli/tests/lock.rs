@@ -401,3 +401,18 @@ fn an_operator_takes_a_lock_away_and_the_events_say_why() {
     assert_eq!(shown["events"][1]["detail"], "its machine burns");
     assert_eq!(shown["holder_count"], 0);
 }
+
+#[test]
+fn a_command_is_killed_though_nobody_reads_the_warning() {
+    let mut server = Server::start();
+    // A grandchild that hears no warning.
+    let job = "trap '' TERM; sh -c 'trap \"\" TERM; echo $$ > grandchild; while :; do sleep 0.1; done' & wait; while :; do sleep 0.1; done";
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut lock = server.lock(&["pipe", "--ttl", "1s"], job).stderr(writer).spawn().unwrap();
+    let grandchild = server.await_file("grandchild");
+    server.kill();
+    wait_for("the end of the supervisor", || lock.try_wait().unwrap().is_some());
+    assert_eq!(lock.wait().unwrap().code(), Some(76));
+    wait_for("the end of what the command started", || gone(&grandchild));
+}

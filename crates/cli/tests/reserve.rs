@@ -128,3 +128,22 @@ fn bad_input_over_http_changes_nothing() {
     assert_eq!((&pool["pool"]["capacity"], &pool["pool"]["held"]), (&"3".into(), &"3".into()), "{pool}");
     assert_eq!(server.get("/v1/pools/none").status, 404);
 }
+
+#[test]
+fn a_command_does_not_outlive_a_hold_that_nobody_can_extend() {
+    let mut server = Server::start(&[]);
+    ok(&server.address, &["reserve", "pool", "create", "p", "1"]);
+    let started = server.folder.path().join("started");
+    // It hears no warning.
+    let script = "trap '' TERM; : > started; while :; do sleep 0.1; done";
+    let mut run = std::process::Command::new(common::TENURE)
+        .args(["reserve", "p", "1", "--hold", "2s", "--", "sh", "-c", script])
+        .env("TENURE_ENDPOINTS", &server.address)
+        .current_dir(server.folder.path())
+        .spawn()
+        .unwrap();
+    wait_for("the command", Duration::from_secs(10), || started.exists());
+    server.kill();
+    wait_for("its end", Duration::from_secs(10), || run.try_wait().unwrap().is_some());
+    assert_eq!(run.wait().unwrap().code(), Some(76));
+}

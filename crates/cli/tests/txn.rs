@@ -481,7 +481,11 @@ fn a_refused_copy_of_an_acquire_ends_nothing() {
     let granted = acquire(first);
     assert!(granted["token"].is_string(), "{granted}");
     let refused = acquire(r#"{"name":"mm/b","ttl_ms":"60000"}"#);
-    assert_eq!((refused["code"].as_str(), refused["outcome"].as_str()), (Some("MISMATCH"), Some("NOT_APPLIED")), "{refused}");
+    assert_eq!(
+        (refused["code"].as_str(), refused["outcome"].as_str()),
+        (Some("MISMATCH"), Some("NOT_APPLIED")),
+        "{refused}"
+    );
     // Whatever the refusal set going is done when another change has been.
     ok(&server.address, &["kv", "put", "k", "v"]);
     let url = format!("http://{}/v1/locks/mm%2Fa", server.address);
