@@ -1,9 +1,9 @@
 use super::*;
 use crate::disk::MemoryDisk;
 use crate::job::run_job;
-use tenure_machine::{RequestId, 
+use tenure_machine::{
     CounterAdd, CounterOp, JobId, Key, LockAcquire, LockMode, LockOp, LockRelease, NamespaceId, OnExpire, OpReply, Put,
-    QueueOp, Receipt, Reply, Revision, SessionCreate, SessionFace, SessionId, Space, Span, Wait,
+    QueueOp, Receipt, Reply, RequestId, Revision, SessionCreate, SessionFace, SessionId, Space, Span, Wait,
 };
 
 /// A member, its folder, its clock, and a worker that runs jobs when told.
