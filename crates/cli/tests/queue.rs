@@ -296,7 +296,8 @@ async fn a_job_is_given_back_when_its_handler_has_ended() {
         async move {
             computing.store(true, Ordering::SeqCst);
             taking.notify_one();
-            std::thread::sleep(Duration::from_secs(2));
+            // It holds its thread, and not those that the client needs.
+            tokio::task::block_in_place(|| std::thread::sleep(Duration::from_secs(2)));
             computing.store(false, Ordering::SeqCst);
             std::future::pending::<Result<(), Failed>>().await
         }

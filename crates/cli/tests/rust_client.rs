@@ -111,7 +111,8 @@ async fn few_are_kept(server: &Server, max: u64) {
 /// Polls once: what was asked for is then under way, and its answer is not looked at.
 async fn start<F: Future>(asked: F) -> Pin<Box<F>> {
     let mut asked = Box::pin(asked);
-    poll_fn(|cx| Poll::Ready(assert!(asked.as_mut().poll(cx).is_pending()))).await;
+    let waits = poll_fn(|cx| Poll::Ready(asked.as_mut().poll(cx).is_pending())).await;
+    assert!(waits);
     asked
 }
 

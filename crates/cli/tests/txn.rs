@@ -483,7 +483,7 @@ fn a_refused_copy_of_an_acquire_ends_nothing() {
     let refused = acquire(r#"{"name":"mm/b","ttl_ms":"60000"}"#);
     assert_eq!(
         (refused["code"].as_str(), refused["outcome"].as_str()),
-        (Some("MISMATCH"), Some("NOT_APPLIED")),
+        (Some("MISMATCH"), Some("not_applied")),
         "{refused}"
     );
     // Whatever the refusal set going is done when another change has been.
