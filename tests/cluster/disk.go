@@ -77,11 +77,19 @@ func (d *disk) fill(leave int64) error {
 	return unix.Fallocate(int(file.Fd()), 0, 0, size)
 }
 
+// empty makes room again, for good: a power cut a moment later would bring back what was removed and not synced.
 func (d *disk) empty() error {
-	if err := os.Remove(d.ballast()); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Remove(d.ballast()); errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
 		return err
 	}
-	return nil
+	root, err := os.Open(d.at)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return root.Sync()
 }
 
 // readOnly makes the file system read-only under the open files, as the kernel does after an error on the disk.
